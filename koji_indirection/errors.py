@@ -1,0 +1,52 @@
+"""The two kinds of failure, and the wording they share.
+
+Every error is one sentence that says what went wrong and where, and a hint
+that says what to do about it. Nothing here imports anything of the project.
+"""
+
+from __future__ import annotations
+
+
+class IndirectionError(Exception):
+    """Base of every error that this project raises on purpose.
+
+    message -- one sentence without a full stop: what, and where.
+    hint -- what the reader can do about it; may be empty.
+    exit_status -- what `koji-indirection` exits with.
+    """
+
+    exit_status = 1
+    label = "error"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    def one_line(self) -> str:
+        """The last line of a build: kind, reason and hint, on one line whatever they contain."""
+        return " ".join(f"{self.label}: {self}".split())
+
+
+class BuildFailed(IndirectionError):
+    """The user's doing: a command failed, a result is missing, a template or image is wrong."""
+
+    exit_status = 1
+    label = "build failed"
+
+
+class UsageError(IndirectionError):
+    """The request itself makes no sense: an option's value, a file that is not there."""
+
+    exit_status = 2
+    label = "usage error"
+
+
+class BuilderFault(IndirectionError):
+    """Ours: libvirt is away, no space, the guest never reported. Trying again may help."""
+
+    exit_status = 3
+    label = "builder fault"

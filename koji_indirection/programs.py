@@ -1,0 +1,115 @@
+"""The one place that runs external programs (qemu-img, mke2fs, debugfs, ...).
+
+Never through a shell, always with a deadline; no child outlives the call,
+however it is left. A failure carries a command line that can be pasted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shlex
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import BuilderFault
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use; for programs that read files which somebody else made."""
+
+    address_space_bytes: int = 2 * 1024**3
+    cpu_seconds: int = 60
+
+
+class ProgramFailed(BuilderFault):
+    """A program exited non-zero, or was killed at its deadline.
+
+    returncode -- exit status, negative for a signal, None when the deadline passed.
+    stderr -- what it said, at most the last 2,000 characters.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], returncode: int | None, stderr: str, timeout_seconds: float
+    ) -> None:
+        self.argv = list(argv)
+        self.returncode = returncode
+        self.stderr = stderr.strip()[-2000:]
+        if returncode is None:
+            what = f"did not end within {timeout_seconds:g} s"
+        elif returncode < 0:
+            what = f"was killed by signal {-returncode}"
+        else:
+            what = f"exited with status {returncode}"
+        detail = f": {self.stderr}" if self.stderr else ""
+        super().__init__(f"{argv[0]} {what}{detail}", f"the command was: {shlex.join(argv)}")
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_seconds: float,
+    input_text: str | None = None,
+    env: Mapping[str, str] | None = None,
+    limits: Limits | None = None,
+) -> str:
+    """Run a program to its end and return what it wrote to standard output.
+
+    env -- added to the inherited environment, which is pinned to the C locale.
+    limits -- resource limits set in the child before it starts the program.
+
+    Raises ProgramFailed for a non-zero exit or a passed deadline, and
+    BuilderFault when the program is not installed. The program runs in a
+    session of its own, so that a terminal's Ctrl-C reaches it only through us;
+    whatever leaves this function, the whole session is killed first.
+    """
+
+    def set_limits() -> None:
+        if limits is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (limits.address_space_bytes,) * 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_seconds,) * 2)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    log.debug("run: %s", shlex.join(argv))
+    try:
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE if input_text is not None else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "LC_ALL": "C", **(env or {})},
+            start_new_session=True,
+            preexec_fn=set_limits if limits is not None else None,
+            text=True,
+            errors="replace",
+        )
+    except FileNotFoundError as error:
+        raise BuilderFault(
+            f"{argv[0]} is not installed",
+            "install it; `koji-indirection doctor` lists what is missing",
+        ) from error
+    try:
+        stdout, stderr = child.communicate(input_text, timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        _kill(child)
+        raise ProgramFailed(argv, None, child.communicate()[1], timeout_seconds) from None
+    except BaseException:
+        _kill(child)
+        child.wait()
+        raise
+    if child.returncode != 0:
+        raise ProgramFailed(argv, child.returncode, stderr, timeout_seconds)
+    return stdout
+
+
+def _kill(child: subprocess.Popen[str]) -> None:
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
