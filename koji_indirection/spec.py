@@ -1,0 +1,476 @@
+"""The build spec: everything a user asks for, validated; one object in CLI, hub and builder.
+
+SCHEMA says what a spec looks like on the wire, BuildSpec what it is in Python;
+a BuildSpec that exists is valid, however it was made. Nothing here may need
+more than a plain client has; jsonschema is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from koji_indirection.errors import BuilderFault, UsageError
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+TIB = 1024 * GIB
+HOUR_SECONDS = 3600
+DAY_SECONDS = 24 * HOUR_SECONDS
+
+DEFAULT_RESULT = "/results/images/boot.iso"
+DEFAULT_INPUT_FILENAME = "/input_image.raw"
+DEFAULT_WORKSPACE_DEVICE = "vdb"
+DEFAULT_WORKSPACE_SIZE_BYTES = 30 * GIB
+DEFAULT_WORKSPACE_FS = "ext4"
+DEFAULT_MEMORY_BYTES = 2 * GIB
+# livemedia-creator takes under an hour with KVM; four leave room for a slow
+# builder or TCG, and still end a build that hangs within the same working day.
+DEFAULT_JOB_TIMEOUT_SECONDS = 4 * HOUR_SECONDS
+
+# The largest disk whose one partition an MBR can describe.
+MAX_WORKSPACE_SIZE_BYTES = 2 * TIB - MIB
+MAX_TIMEOUT_SECONDS = 7 * DAY_SECONDS
+
+
+def _path_list(title: str, description: str, *, min_items: int) -> dict[str, Any]:
+    return {
+        "title": title,
+        "description": description,
+        "type": "array",
+        "minItems": min_items,
+        "maxItems": 50,
+        "uniqueItems": True,
+        "items": {
+            "type": "string",
+            "minLength": 2,
+            "maxLength": 500,
+            # The rest (no '..', nothing empty between slashes) is checked by _check_path.
+            "pattern": r"^/[^\x00-\x1f\x7f]+$",
+        },
+    }
+
+
+def _timeout(title: str, description: str) -> dict[str, Any]:
+    return {
+        "title": title,
+        "description": description,
+        "type": ["integer", "null"],
+        "minimum": 1,
+        "maximum": MAX_TIMEOUT_SECONDS,
+        "default": None,
+    }
+
+
+SCHEMA: dict[str, Any] = {
+    "$schema": "http://json-schema.org/draft-07/schema#",
+    "title": "Build spec",
+    "description": "What one indirection build is asked to do. A field that is left out, "
+    "or null where null is allowed, has its default.",
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "results": {
+            **_path_list(
+                "Results",
+                "Paths or globs inside the workspace that are collected after shutdown. "
+                "Each must match a regular file that is not empty.",
+                min_items=1,
+            ),
+            "default": [DEFAULT_RESULT],
+        },
+        "collect_logs": {
+            **_path_list(
+                "Log files to collect",
+                "Paths or globs, in the workspace or in the guest's root, that are kept "
+                "with the logs, after failures too.",
+                min_items=0,
+            ),
+            "default": [],
+        },
+        "input_filename": {
+            "title": "Input image's file name",
+            "description": "Where in the workspace the input image lies, as true raw. "
+            f"The default is {DEFAULT_INPUT_FILENAME}; not together with input_device.",
+            "type": ["string", "null"],
+            "minLength": 2,
+            "maxLength": 200,
+            "pattern": r"^(/[A-Za-z0-9._-]+)+$",
+            "default": None,
+        },
+        "input_device": {
+            "title": "Input image's device",
+            "description": "The input image is a disk of its own with this name, "
+            "and no file exists in the workspace.",
+            "type": ["string", "null"],
+            "maxLength": 3,
+            "pattern": "^vd[b-z]$",
+            "default": None,
+        },
+        "input_writable": {
+            "title": "Input device writable",
+            "description": "The input device can be written to; what is written is thrown away. "
+            "Only with input_device.",
+            "type": "boolean",
+            "default": False,
+        },
+        "workspace_device": {
+            "title": "Workspace's device",
+            "description": "The disk with the workspace on its first partition.",
+            "type": "string",
+            "maxLength": 3,
+            "pattern": "^vd[b-z]$",
+            "default": DEFAULT_WORKSPACE_DEVICE,
+        },
+        "workspace_size_bytes": {
+            "title": "Workspace's size",
+            "description": "The size of the workspace disk in bytes. It is sparse: "
+            "only what is written takes space on the builder.",
+            "type": "integer",
+            "minimum": 64 * MIB,
+            "maximum": MAX_WORKSPACE_SIZE_BYTES,
+            "default": DEFAULT_WORKSPACE_SIZE_BYTES,
+        },
+        "workspace_fs": {
+            "title": "Workspace's file system",
+            "description": "The file system on the workspace's partition.",
+            "type": "string",
+            "enum": ["ext4", "ext2", "xfs"],
+            "default": DEFAULT_WORKSPACE_FS,
+        },
+        "cpus": {
+            "title": "CPUs",
+            "description": "CPUs of the guest. The default is all of the builder's, up to 4.",
+            "type": ["integer", "null"],
+            "minimum": 1,
+            "maximum": 256,
+            "default": None,
+        },
+        "memory_bytes": {
+            "title": "Memory",
+            "description": "Memory of the guest in bytes.",
+            "type": "integer",
+            "minimum": 128 * MIB,
+            "maximum": TIB,
+            "default": DEFAULT_MEMORY_BYTES,
+        },
+        "boot_timeout_seconds": _timeout(
+            "Boot timeout",
+            "How long the guest may take until it reports that the job has started. "
+            "The default depends on the accelerator.",
+        ),
+        "job_timeout_seconds": {
+            **_timeout("Job timeout", "How long all commands together may take."),
+            "type": "integer",
+            "default": DEFAULT_JOB_TIMEOUT_SECONDS,
+        },
+        "command_timeout_seconds": _timeout(
+            "Command timeout",
+            "How long any one command may take. The default is no limit but the job's.",
+        ),
+        "shutdown_timeout_seconds": _timeout(
+            "Shutdown timeout",
+            "How long the guest may take to power off after the job has ended. "
+            "The default is the builder's.",
+        ),
+    },
+}
+
+
+class GuestDisk(NamedTuple):
+    """One disk of the guest; role is 'utility', 'workspace' or 'input'."""
+
+    device: str
+    role: str
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """What one build is asked to do; SCHEMA describes each field.
+
+    Raises UsageError, naming the field, when made with values that make no sense.
+    After that input_filename is None exactly when input_device is not.
+    """
+
+    results: tuple[str, ...] = (DEFAULT_RESULT,)
+    collect_logs: tuple[str, ...] = ()
+    input_filename: str | None = None
+    input_device: str | None = None
+    input_writable: bool = False
+    workspace_device: str = DEFAULT_WORKSPACE_DEVICE
+    workspace_size_bytes: int = DEFAULT_WORKSPACE_SIZE_BYTES
+    workspace_fs: str = DEFAULT_WORKSPACE_FS
+    cpus: int | None = None
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    boot_timeout_seconds: int | None = None
+    job_timeout_seconds: int = DEFAULT_JOB_TIMEOUT_SECONDS
+    command_timeout_seconds: int | None = None
+    shutdown_timeout_seconds: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_fields({field.name: getattr(self, field.name) for field in fields(self)})
+        # Lists from a caller or from JSON; a frozen object holds tuples.
+        object.__setattr__(self, "results", tuple(self.results))
+        object.__setattr__(self, "collect_logs", tuple(self.collect_logs))
+        _check_paths(self)
+        _check_input(self)
+        _check_devices(self)
+        if self.input_device is None and self.input_filename is None:
+            object.__setattr__(self, "input_filename", DEFAULT_INPUT_FILENAME)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BuildSpec:
+        """Make a spec from what JSON, XML-RPC or a config file gave.
+
+        Raises UsageError naming the field that is unknown or wrong.
+        """
+        if not isinstance(data, Mapping):
+            raise UsageError(
+                f"a build spec is an object with fields, not {_shown(data)}",
+                "see the schema in the documentation",
+            )
+        known = [field.name for field in fields(cls)]
+        for key in data:
+            if key not in known:
+                # "workspace_size" means the field with its unit, not "workspace_fs".
+                close = [name for name in known if name.startswith(f"{key}_")]
+                close = close or difflib.get_close_matches(str(key), known, n=1)
+                raise UsageError(
+                    f"build spec: there is no field {_shown(key)}",
+                    f"did you mean {close[0]!r}?" if close else f"fields are {', '.join(known)}",
+                )
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as JSON has it; fields that are None are left out (XML-RPC has no null)."""
+        out: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                out[field.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    def guest_disks(self) -> tuple[GuestDisk, ...]:
+        """The guest's disks in the order in which they must be attached to get their names."""
+        disks = [GuestDisk("vda", "utility"), GuestDisk(self.workspace_device, "workspace")]
+        if self.input_device is not None:
+            disks.append(GuestDisk(self.input_device, "input"))
+        return tuple(sorted(disks))
+
+    @property
+    def workspace_partition(self) -> str:
+        """Where the guest finds the workspace's file system."""
+        return f"/dev/{self.workspace_device}1"
+
+
+# --- checks -----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def _validator() -> Any:
+    try:
+        import jsonschema
+    except ImportError as error:
+        raise BuilderFault(
+            "build specs cannot be checked: the Python module jsonschema is missing",
+            "install python3-jsonschema",
+        ) from error
+    # JSON schema takes 2.0 for an integer; we do not, nor a tuple for anything but an array.
+    types = jsonschema.Draft7Validator.TYPE_CHECKER.redefine_many(
+        {
+            "integer": lambda _, value: isinstance(value, int) and not isinstance(value, bool),
+            "array": lambda _, value: isinstance(value, (list, tuple)),
+        }
+    )
+    return jsonschema.validators.extend(jsonschema.Draft7Validator, type_checker=types)(SCHEMA)
+
+
+def _check_fields(values: dict[str, Any]) -> None:
+    for error in _validator().iter_errors(values):
+        raise _explain(str(error.absolute_path[0]), error)
+
+
+def _explain(field: str, error: Any) -> UsageError:
+    """One of jsonschema's errors as a sentence and a hint."""
+    limit, value = error.validator_value, error.instance
+    wrong = f"build spec: {field} is {_shown(value)}"
+    if len(error.absolute_path) > 1:
+        wrong = f"build spec: {field} has {_shown(value)} in it"
+    if error.validator == "type":
+        names = [limit] if isinstance(limit, str) else list(limit)
+        wanted = " or ".join(_TYPE_NAMES[name] for name in names)
+        return UsageError(f"{wrong}, which is not {wanted}", f"give {wanted}")
+    if error.validator in ("minimum", "maximum"):
+        which = "least" if error.validator == "minimum" else "most"
+        return UsageError(wrong, f"it must be at {which} {_with_unit(field, limit)}")
+    if error.validator == "enum":
+        return UsageError(wrong, f"it must be one of {', '.join(limit)}")
+    if error.validator == "uniqueItems":
+        twice = next(item for index, item in enumerate(value) if item in value[:index])
+        return UsageError(f"build spec: {field} has {_shown(twice)} twice", "name it once")
+    if error.validator == "minItems":
+        return UsageError(f"build spec: {field} is empty", "name at least one path")
+    if error.validator == "maxItems":
+        return UsageError(
+            f"build spec: {field} has {len(value)} paths", f"at most {limit} are allowed"
+        )
+    if error.validator == "maxLength" and field not in ("input_device", "workspace_device"):
+        return UsageError(
+            f"{wrong}, which is {len(value)} characters long", f"at most {limit} are allowed"
+        )
+    return UsageError(wrong, _WANTED.get(field, _WANTED_PATH))
+
+
+_TYPE_NAMES = {
+    "array": "a list",
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "null": "null",
+    "string": "a string",
+}
+_WANTED_PATH = "give an absolute path or glob, such as /results/*.iso, on one line"
+_WANTED_DEVICE = "give the name alone: vdb or vdc"
+_WANTED = {
+    "input_filename": "give an absolute path with only letters, digits, '.', '_' and '-' "
+    "between its slashes",
+    "input_device": _WANTED_DEVICE,
+    "workspace_device": _WANTED_DEVICE,
+}
+
+
+def _check_paths(spec: BuildSpec) -> None:
+    for field in ("results", "collect_logs"):
+        for path in getattr(spec, field):
+            _check_path(field, path, _WANTED_PATH)
+    if spec.input_filename is None:
+        return
+    path, wanted = spec.input_filename, _WANTED["input_filename"]
+    _check_path("input_filename", path, wanted)
+    if any(part.startswith("-") for part in path.split("/")):
+        raise UsageError(
+            f"build spec: input_filename is {_shown(path)}, part of which starts with a dash",
+            "a command in the template would take it for an option",
+        )
+
+
+def _check_path(field: str, path: str, wanted: str) -> None:
+    what = f"build spec: {field} has {_shown(path)}"
+    # More than the schema's pattern can say: Python's $ lets a final line break through,
+    # and half a surrogate pair could never be written to a log.
+    if not path.isprintable():
+        raise UsageError(f"{what}, which has a line break or a control character in it", wanted)
+    for part in path[1:].split("/"):
+        if part in (".", ".."):
+            raise UsageError(f"{what}, which has {part!r} in it", "write the path without it")
+        if not part:
+            raise UsageError(
+                f"{what}, which has nothing after one of its slashes", "name files, one / apart"
+            )
+
+
+def _check_input(spec: BuildSpec) -> None:
+    if spec.input_filename is not None and spec.input_device is not None:
+        raise UsageError(
+            "build spec: input_filename and input_device are both given, but the input image "
+            "is either a file in the workspace or a disk of its own",
+            "leave one of them out",
+        )
+    if spec.input_writable and spec.input_device is None:
+        raise UsageError(
+            "build spec: input_writable is given without input_device",
+            "a file in the workspace can always be written to: leave input_writable out, "
+            "or set input_device",
+        )
+
+
+def _check_devices(spec: BuildSpec) -> None:
+    """The kernel names virtio disks in the order in which it finds them, whatever libvirt says."""
+    why = (
+        "disks are named in order and without a gap, and vda is the utility image: "
+        "the workspace and the input device must be vdb and vdc, one each, "
+        "and a workspace alone is vdb"
+    )
+    if spec.input_device is None:
+        if spec.workspace_device != "vdb":
+            raise UsageError(
+                f"build spec: workspace_device is {spec.workspace_device!r} "
+                "and there is no input_device",
+                why,
+            )
+    elif {spec.workspace_device, spec.input_device} != {"vdb", "vdc"}:
+        raise UsageError(
+            f"build spec: workspace_device is {spec.workspace_device!r} "
+            f"and input_device is {spec.input_device!r}",
+            why,
+        )
+
+
+def _with_unit(field: str, limit: int) -> str:
+    if field.endswith("_bytes"):
+        return f"{limit} ({format_size(limit)})"
+    if field.endswith("_seconds"):
+        return f"{limit} ({format_duration(limit)})"
+    return str(limit)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# --- sizes and durations as people write them --------------------------------------------------
+
+_SIZE_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
+_DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": HOUR_SECONDS, "d": DAY_SECONDS}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "30G", "30 GiB", "1.5T", "512M" or plain bytes; all units are binary.
+
+    Raises UsageError for anything else, "30GB" included: that could mean 10**9.
+    """
+    pattern = r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(?:([KMGT])(?:iB)?|B)?"
+    match = re.fullmatch(pattern, text.strip(), re.IGNORECASE | re.ASCII)
+    size = Decimal(match.group(1)) * _SIZE_UNITS[(match.group(2) or "").upper()] if match else None
+    if size is None or size != int(size):
+        raise UsageError(
+            f"{_shown(text)} is not a size",
+            "write a number of bytes, or one with K, M, G or T: 512M, 30G, 30GiB; "
+            "all of them are binary units",
+        )
+    return int(size)
+
+
+def parse_duration(text: str) -> int:
+    """Seconds from "90", "90s", "15m", "4h" or "1d". Raises UsageError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,15}) ?([smhd]?)", text.strip())
+    if not match:
+        raise UsageError(
+            f"{_shown(text)} is not a duration",
+            "write a whole number of seconds, or one with s, m, h or d: 90s, 15m, 4h, 1d",
+        )
+    return int(match.group(1)) * _DURATION_UNITS[match.group(2)]
+
+
+def format_size(size_bytes: int) -> str:
+    """A size as people read it: "30 GiB", "1.4 GiB", "512 B"."""
+    size, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if round(size, 1) < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.1f}".removesuffix(".0") + f" {unit}"
+
+
+def format_duration(seconds: int) -> str:
+    """A whole number of the largest unit that gives one: "7 d", "90 m", "90 s"."""
+    for unit in ("d", "h", "m"):
+        if seconds and seconds % _DURATION_UNITS[unit] == 0:
+            return f"{seconds // _DURATION_UNITS[unit]} {unit}"
+    return f"{seconds} s"
