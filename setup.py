@@ -20,6 +20,7 @@ setup(
     package_data={"koji_indirection": ["job/*"]},
     python_requires=">=3.9",
     install_requires=[
+        "jsonschema",
         "lxml",
         "oslo.utils>=7.3",
         "rich",
@@ -27,7 +28,14 @@ setup(
     extras_require={
         # libvirt and guestfs have no wheels; both come from the distribution.
         "zstd": ["zstandard"],
-        "test": ["hypothesis", "jsonschema", "mypy", "pytest", "pytest-timeout", "ruff", "lxml-stubs"],
+        "test": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "lxml-stubs",
+        ],
     },
     entry_points={"console_scripts": ["koji-indirection = koji_indirection.command:main"]},
 )

@@ -12,16 +12,18 @@ class IndirectionError(Exception):
 
     message -- one sentence without a full stop: what, and where.
     hint -- what the reader can do about it; may be empty.
+    details -- lines worth seeing above the sentence (the guest's last console lines); may be empty.
     exit_status -- what `koji-indirection` exits with.
     """
 
     exit_status = 1
     label = "error"
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", details: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.details = details
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

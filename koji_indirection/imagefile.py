@@ -440,9 +440,10 @@ def _vet_format(head: bytes, tail: bytes, source: Path, what: str) -> None:
             "such a file is refused; make it anew with qemu-img convert",
         )
     for name in found & _FOREIGN.keys():
+        convert = f"qemu-img convert -f {_FOREIGN[name]} -O qcow2"
         raise BuildFailed(
             f"{what} is in {name} format, only raw and qcow2 are supported",
-            f"convert it: qemu-img convert -f {_FOREIGN[name]} -O qcow2 {_quoted(source)} NEW.qcow2",
+            f"convert it: {convert} {_quoted(source)} NEW.qcow2",
         )
     if "luks" in found:
         raise BuildFailed(f"{what} is encrypted (LUKS)", "decrypt it first")

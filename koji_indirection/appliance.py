@@ -1,0 +1,210 @@
+"""One libguestfs appliance, in a child process that can be killed at any moment.
+
+The only place where a file system that somebody else made is parsed: inside
+the appliance's own small VM, never on the host. libguestfs calls block in C
+and cannot be interrupted, so they happen in a child; whoever leaves the
+`with`, the child's whole process group (appliance included) is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import BuilderFault
+from .jobdir import python_environment
+
+log = logging.getLogger(__name__)
+
+LAUNCH_TIMEOUT_SECONDS = 180  # under TCG; the first launch on a machine builds the appliance (32 s)
+CALL_TIMEOUT_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Drive:
+    """A disk of the appliance. The format is always given; libguestfs must not guess it."""
+
+    path: str
+    format: str
+    readonly: bool
+
+
+class ApplianceError(BuilderFault):
+    """A libguestfs call failed; the message is libguestfs's own."""
+
+    def __init__(self, call: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"libguestfs could not {call}: {reason}",
+            "`koji-indirection doctor` checks libguestfs, `libguestfs-test-tool` shows more",
+        )
+
+
+class Appliance:
+    """A launched appliance; call() runs one method of guestfs.GuestFS in it."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self._child = child
+        self._buffer = b""
+
+    def call(
+        self, method: str, *args: Any, timeout_seconds: float = CALL_TIMEOUT_SECONDS, **kwargs: Any
+    ) -> Any:
+        """Run a guestfs method and return its value.
+
+        Raises ApplianceError with libguestfs's own words, or when the answer
+        does not come in time.
+        """
+        assert self._child.stdin is not None
+        request = json.dumps({"method": method, "args": args, "kwargs": kwargs})
+        try:
+            self._child.stdin.write(request.encode() + b"\n")
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            raise ApplianceError(method, "its process has ended") from None
+        answer = json.loads(self._read_line(method, timeout_seconds))
+        if "error" in answer:
+            raise ApplianceError(method, answer["error"])
+        return answer["value"]
+
+    def version(self) -> str:
+        """libguestfs's version, e.g. "1.48.6"."""
+        v = self.call("version")
+        return f"{v['major']}.{v['minor']}.{v['release']}"
+
+    def download(self, source: str, target: Path, *, limit_bytes: int) -> None:
+        """Copy a file out of the appliance; what it holds beyond the limit is never written.
+
+        The limit is the kernel's (RLIMIT_FSIZE in the child), so that a guest
+        file that lies about its size cannot fill the disk.
+        """
+        timeout_seconds = 600 + limit_bytes / 2_000_000  # 2 MB/s: a tenth of what TCG manages
+        self.call(
+            "download", source, str(target), timeout_seconds=timeout_seconds, limit=limit_bytes
+        )
+
+    def _read_line(self, method: str, timeout_seconds: float) -> bytes:
+        assert self._child.stdout is not None
+        deadline = time.monotonic() + timeout_seconds
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._child.stdout], [], [], left)[0]:
+                raise ApplianceError(method, f"no answer within {timeout_seconds:.0f} s")
+            chunk = os.read(self._child.stdout.fileno(), 65536)
+            if not chunk:
+                raise ApplianceError(method, "its process has ended")
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+
+@contextlib.contextmanager
+def appliance(drives: Sequence[Drive], *, accel_kind: str, job_dir: Path) -> Iterator[Appliance]:
+    """Launch an appliance on these drives; shut it down, or kill it, at the end.
+
+    accel_kind -- "kvm" or "tcg": the verdict of accel.py. libguestfs must not
+        find out for itself: it believes a /dev/kvm on which guests hang.
+    job_dir -- holds libguestfs's temporary files, and names the child for the watchdog.
+    """
+    setup: dict[str, Any] = {
+        "drives": [asdict(drive) for drive in drives],
+        "force_tcg": accel_kind == "tcg",
+        "tmpdir": str(job_dir),
+    }
+    child = subprocess.Popen(
+        [sys.executable, "-m", "koji_indirection.appliance", str(job_dir)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=python_environment(),
+        cwd="/",
+        start_new_session=True,
+    )
+    try:
+        running = Appliance(child)
+        running.call("__setup__", **setup)
+        running.call("launch", timeout_seconds=LAUNCH_TIMEOUT_SECONDS)
+        yield running
+        # An orderly end: what was written must reach the disk image.
+        running.call("shutdown")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+
+
+def _guestfs_module() -> Any:
+    try:
+        import guestfs
+    except ImportError as error:
+        raise BuilderFault(
+            "the Python binding of libguestfs is not installed",
+            "install python3-guestfs (Debian) or python3-libguestfs (Fedora, RHEL)",
+        ) from error
+    return guestfs
+
+
+def _serve() -> None:
+    """The child: a JSON request a line on standard input, an answer a line on standard output."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the build
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # whatever libguestfs's children print must not look like an answer
+    try:
+        guest = _guestfs_module().GuestFS(python_return_dict=True)
+    except BuilderFault as error:
+        guest = None
+        missing = str(error)
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        try:
+            if guest is None:
+                raise RuntimeError(missing)
+            value = _perform(guest, request["method"], request["args"], request["kwargs"])
+            answer = {"value": value}
+        except (RuntimeError, OSError, TypeError, ValueError, AttributeError) as error:
+            answer = {"error": str(error)}
+        answers.write(json.dumps(answer).encode() + b"\n")
+
+
+def _perform(guest: Any, method: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    if method == "__setup__":
+        guest.set_backend("direct")
+        guest.set_backend_settings(["force_tcg"] if kwargs["force_tcg"] else [])
+        guest.set_tmpdir(kwargs["tmpdir"])
+        guest.set_network(False)
+        guest.set_append("quiet loglevel=1")
+        for drive in kwargs["drives"]:
+            guest.add_drive_opts(drive["path"], format=drive["format"], readonly=drive["readonly"])
+        return None
+    if method == "download":
+        with _file_size_limit(kwargs.pop("limit")):
+            return guest.download(*args, **kwargs)
+    value = getattr(guest, method)(*args, **kwargs)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+@contextlib.contextmanager
+def _file_size_limit(limit_bytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,443 @@
+"""`koji-indirection`: the local command. Reads options, calls the library, says how it went.
+
+Heavy imports happen in the commands that need them, so that --help and usage
+errors need neither libvirt nor libguestfs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
+
+from . import __version__
+from .config import Settings, default_cache_dir, default_work_dir
+from .errors import IndirectionError, UsageError
+from .spec import DEFAULT_RESULT, BuildSpec, format_size, parse_duration, parse_size
+
+if TYPE_CHECKING:
+    from .manifest import Manifest
+
+EXIT_INTERRUPTED = 130
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status.
+
+    0 done, 1 BuildFailed, 2 usage, 3 BuilderFault, 130 interrupted. The last
+    line on standard error is the reason and a hint.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
+    options = _parser().parse_args(argv)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except IndirectionError as error:
+        if error.details:
+            print(error.details, file=sys.stderr)
+        print(error.one_line(), file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted: the build was stopped and everything it used removed", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; do not complain about it a second time at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Turn a signal into KeyboardInterrupt, once: cleaning up must not be interrupted."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+# Options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="koji-indirection",
+        description="Make an image with the tools that live inside another image.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_build(commands)
+    _add_doctor(commands)
+    _add_check(commands)
+    return parser
+
+
+def _add_build(commands: Any) -> None:
+    spec, settings = BuildSpec(), Settings()
+    parser = commands.add_parser(
+        "build",
+        help="build from local files, without Koji",
+        description="Boot a throw-away copy of the utility image as a VM, hand it the input"
+        " image, run the template's commands in it, and collect the results.",
+        epilog="Sizes: 512M, 30G (binary units). Durations: 90, 15m, 4h. Exit status: 0 built,"
+        " 1 the build failed, 2 usage, 3 a fault of this machine, 130 interrupted.",
+    )
+    parser.set_defaults(run=_build)
+
+    what = parser.add_argument_group("what to build")
+    what.add_argument(
+        "--input-image",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the image that is worked on: raw or qcow2, also as .xz .gz .zst",
+    )
+    what.add_argument(
+        "--utility-image",
+        type=Path,
+        metavar="FILE",
+        help="the image that is booted, with the tools (default: the input image)",
+    )
+    what.add_argument(
+        "--template",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="partial TDL document with the commands",
+    )
+    what.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="new directory for results, logs/ and manifest.json",
+    )
+    what.add_argument(
+        "--force",
+        action="store_true",
+        help="take an output directory that has files in it; what an earlier build"
+        " wrote there is removed first",
+    )
+
+    collected = parser.add_argument_group("what is collected")
+    collected.add_argument(
+        "--results",
+        action="append",
+        metavar="PATH_OR_GLOB",
+        help=f"a result in the workspace; repeatable (default: {DEFAULT_RESULT})",
+    )
+    collected.add_argument(
+        "--collect-log",
+        action="append",
+        dest="collect_logs",
+        metavar="PATH",
+        help="a log in the workspace or the guest's root, fetched after failures too; repeatable",
+    )
+
+    guest = parser.add_argument_group("the guest")
+    guest.add_argument(
+        "--input-filename",
+        metavar="PATH",
+        help="the input image's file in the workspace (default: /input_image.raw)",
+    )
+    guest.add_argument(
+        "--input-device",
+        metavar="DEVICE",
+        help="hand over the input image as a read-only disk (vdc), not as a file",
+    )
+    guest.add_argument(
+        "--input-writable",
+        action="store_true",
+        default=None,
+        help="with --input-device: make it a throw-away writable copy",
+    )
+    guest.add_argument(
+        "--workspace-device",
+        metavar="DEVICE",
+        help=f"the workspace's disk (default: {spec.workspace_device})",
+    )
+    guest.add_argument(
+        "--workspace-size",
+        type=_size,
+        dest="workspace_size_bytes",
+        metavar="SIZE",
+        help=f"(default: {format_size(spec.workspace_size_bytes)})",
+    )
+    guest.add_argument(
+        "--workspace-fs", metavar="TYPE", help=f"ext4, ext2 or xfs (default: {spec.workspace_fs})"
+    )
+    guest.add_argument(
+        "--cpus", type=_whole_number, metavar="N", help="(default: all of this machine's, up to 4)"
+    )
+    guest.add_argument(
+        "--memory",
+        type=_size,
+        dest="memory_bytes",
+        metavar="SIZE",
+        help=f"(default: {format_size(spec.memory_bytes)})",
+    )
+
+    times = parser.add_argument_group("deadlines")
+    times.add_argument(
+        "--boot-timeout",
+        type=_duration,
+        dest="boot_timeout_seconds",
+        metavar="TIME",
+        help="until the job starts (default: 5m, without KVM 20m)",
+    )
+    times.add_argument(
+        "--job-timeout",
+        type=_duration,
+        dest="job_timeout_seconds",
+        metavar="TIME",
+        help=f"all commands together (default: {spec.job_timeout_seconds // 3600}h)",
+    )
+    times.add_argument(
+        "--command-timeout",
+        type=_duration,
+        dest="command_timeout_seconds",
+        metavar="TIME",
+        help="each command (default: as long as the job may take)",
+    )
+    times.add_argument(
+        "--shutdown-timeout",
+        type=_duration,
+        dest="shutdown_timeout_seconds",
+        metavar="TIME",
+        help="from the job's end (default: 1m, without KVM 3m)",
+    )
+
+    machine = parser.add_argument_group("this machine")
+    _add_machine_options(machine, settings)
+    _add_image_limit(machine, settings)
+    machine.add_argument(
+        "--max-results",
+        type=_whole_number,
+        metavar="N",
+        help=f"number of results (default: {settings.max_results})",
+    )
+    machine.add_argument(
+        "--max-result-size",
+        type=_size,
+        dest="max_result_bytes",
+        metavar="SIZE",
+        help=f"all results together (default: {format_size(settings.max_result_bytes)})",
+    )
+    machine.add_argument(
+        "--max-log-size",
+        type=_size,
+        dest="max_log_bytes",
+        metavar="SIZE",
+        help="each log; of a longer one head and tail are kept"
+        f" (default: {format_size(settings.max_log_bytes)})",
+    )
+
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument(
+        "-v", "--verbose", action="store_true", help="show the commands' output as it comes"
+    )
+    shown.add_argument("-q", "--quiet", action="store_true", help="show errors only")
+    shown.add_argument(
+        "--json", action="store_true", help="print the manifest to standard output, as JSON"
+    )
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say whether this machine can build",
+        description="Check everything a build needs on this machine, line by line.",
+    )
+    parser.set_defaults(run=_doctor)
+    _add_machine_options(parser, Settings())
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="validate templates and images without running anything",
+        description="Validate templates (XML) and images (raw, qcow2, also compressed).",
+    )
+    parser.set_defaults(run=_check)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    _add_image_limit(parser, Settings())
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help=f"where compressed images are unpacked for the check (default: {default_work_dir()})",
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _add_machine_options(parser: Any, settings: Settings) -> None:
+    parser.add_argument(
+        "--connect",
+        metavar="URI",
+        help="libvirt connection (default: the first that works of qemu:///system,"
+        " qemu:///session and the embedded driver)",
+    )
+    parser.add_argument(
+        "--accel",
+        choices=("auto", "kvm", "tcg"),
+        help=f"(default: {settings.accel}: KVM if a probe shows that it works)",
+    )
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help=f"for disks while they are in use (default: {default_work_dir()})",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help=f"for what later builds need not find out again (default: {default_cache_dir()})",
+    )
+
+
+def _add_image_limit(parser: Any, settings: Settings) -> None:
+    parser.add_argument(
+        "--max-image-size",
+        type=_size,
+        dest="max_image_bytes",
+        metavar="SIZE",
+        help="virtual size above which an image is refused"
+        f" (default: {format_size(settings.max_image_bytes)})",
+    )
+
+
+def _converted(convert: Callable[[str], int]) -> Callable[[str], int]:
+    """An argparse type whose errors read like ours."""
+
+    def checked(text: str) -> int:
+        try:
+            return convert(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return checked
+
+
+_size = _converted(parse_size)
+_duration = _converted(parse_duration)
+
+
+def _whole_number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The options that were given and are fields of a dataclass."""
+    names = {field.name for field in fields(kind)}
+    return {
+        name: value for name, value in vars(options).items() if name in names and value is not None
+    }
+
+
+# Commands
+
+
+def _build(options: argparse.Namespace) -> int:
+    from . import output, pipeline, template
+    from .display import Display, log_shown_on
+
+    spec = BuildSpec.from_dict(_given(options, BuildSpec))
+    settings = Settings(**_given(options, Settings))
+    parsed = template.load(options.template)
+    for path in (options.utility_image, options.input_image):
+        if path is not None and not path.exists():
+            raise UsageError(f"there is no file {path}", "check the path")
+    order = pipeline.Order(
+        spec=spec,
+        template=parsed,
+        template_name=options.template.name,
+        input_image=options.input_image,
+        utility_image=options.utility_image,
+        output=output.prepare(options.output, force=options.force),
+    )
+    try:
+        display = Display(sys.stderr, verbose=options.verbose, quiet=options.quiet)
+        with display, log_shown_on(display):
+            record = pipeline.build(order, settings, display)
+    finally:
+        manifest = order.output / "manifest.json"
+        if options.json and manifest.exists():
+            print(manifest.read_text(encoding="utf-8"), end="", flush=True)
+    if not options.json and not options.quiet:
+        _print_summary(record, order.output)
+    return 0
+
+
+def _print_summary(record: Manifest, output: Path) -> None:
+    print()
+    for one in record.outputs:
+        print(f"result    {output / one.name}")
+        print(f"          {format_size(one.size_bytes)} ({one.size_bytes} bytes)")
+        print(f"          sha256 {one.sha256}")
+    print(f"logs      {output / 'logs'}")
+    print(f"manifest  {output / 'manifest.json'}")
+    print()
+    total = sum(phase["seconds"] for phase in record.timeline)
+    for phase in record.timeline:
+        _print_bar(phase["phase"], phase["seconds"], total)
+        if phase["phase"] == "job":
+            for command in record.commands:
+                _print_bar(f"  {command['name']}", command["seconds"], total)
+    print(f"{'total':24}{total:8.1f} s")
+
+
+def _print_bar(name: str, seconds: float, total: float) -> None:
+    bar = "#" * round(40 * seconds / total) if total else ""
+    print(f"{name[:23]:24}{seconds:8.1f} s  {bar}".rstrip())
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from . import doctor
+
+    findings = doctor.examine(Settings(**_given(options, Settings)))
+    if options.json:
+        print(json.dumps([finding.to_dict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(finding.line())
+    broken = [finding for finding in findings if finding.verdict == doctor.FAILED]
+    if broken:
+        names = ", ".join(finding.name for finding in broken)
+        print(f"builder fault: this machine cannot build: {names}", file=sys.stderr)
+        return 3
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from . import check
+
+    findings = [
+        check.examine(path, Settings(**_given(options, Settings))) for path in options.files
+    ]
+    if options.json:
+        print(json.dumps([finding.to_dict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(finding.line())
+    wrong = [finding for finding in findings if finding.exit_status]
+    if wrong:
+        print(
+            f"build failed: {len(wrong)} of {len(findings)} files cannot be used", file=sys.stderr
+        )
+    return max((finding.exit_status for finding in wrong), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

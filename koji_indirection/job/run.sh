@@ -1,0 +1,166 @@
+#!/bin/sh
+# Runs the job inside the utility guest: each command in turn, then power off.
+#
+# POSIX sh and what every system has; nothing is installed in the guest. Reports
+# go to the host over virtio-serial ports, one JSON object a line; the output of
+# the commands goes over a second port. The console is left alone: a getty may
+# hang it up at any time.
+
+JOB=/etc/koji-indirection
+. "$JOB/settings"
+
+# A guest that reboots must not run the job twice; the host calls a reboot a failure.
+[ -e "$JOB/started" ] && exit 0
+: >"$JOB/started"
+
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+HOME=/root USER=root LOGNAME=root TERM=dumb
+LANG=C.UTF-8
+case $(locale -a 2>/dev/null) in
+'' | *C.[uU][tT][fF]*8*) ;;
+*) LANG=en_US.UTF-8 ;; # RHEL 7 has no C.UTF-8
+esac
+export PATH HOME USER LOGNAME TERM LANG
+umask 022
+cd /
+
+power_off() {
+    if [ -d /run/systemd/system ]; then
+        systemctl --force poweroff && sleep 60
+    fi
+    umount -a -r 2>/dev/null
+    poweroff -f || halt -f -p || echo o >/proc/sysrq-trigger
+    sleep 60
+}
+
+# Print the device of the virtio-serial port with this name.
+port() {
+    if [ -e "/dev/virtio-ports/$1" ]; then
+        echo "/dev/virtio-ports/$1"
+        return 0
+    fi
+    for name_file in /sys/class/virtio-ports/*/name; do
+        [ -e "$name_file" ] || continue
+        read -r port_name <"$name_file"
+        if [ "$port_name" = "$1" ]; then
+            port_dir=${name_file%/name}
+            [ -c "/dev/${port_dir##*/}" ] && echo "/dev/${port_dir##*/}" && return 0
+        fi
+    done
+    return 1
+}
+
+tries=0
+until status_port=$(port "$STATUS_PORT") && log_port=$(port "$LOG_PORT"); do
+    [ "$tries" -eq 0 ] && modprobe virtio_console 2>/dev/null
+    tries=$((tries + 1))
+    if [ "$tries" -gt 60 ]; then
+        echo "koji-indirection: this guest has no virtio-serial ports" >/dev/console
+        power_off
+    fi
+    sleep 1
+done
+
+# With pvpanic the host learns of a kernel panic even when the console is silent.
+modprobe pvpanic 2>/dev/null
+modprobe pvpanic-pci 2>/dev/null
+
+# A port can be opened only once, and many tools open /dev/stdout or /dev/stderr
+# again; so commands write to a pipe, and one `cat` carries it to the port.
+exec 3>"$status_port"
+pipe_dir=$(mktemp -d /run/koji-indirection.XXXXXX 2>/dev/null || mktemp -d)
+mkfifo "$pipe_dir/log"
+cat "$pipe_dir/log" >"$log_port" &
+pump=$!
+exec 4>"$pipe_dir/log"
+
+report() { printf '%s\n' "$1" >&3; }
+
+# Hundredths of a second since boot.
+now() {
+    read -r uptime _ </proc/uptime
+    echo $((${uptime%.*} * 100 + 1${uptime#*.} - 100))
+}
+
+seconds_since() {
+    elapsed=$(($(now) - $1))
+    printf '%d.%02d' $((elapsed / 100)) $((elapsed % 100))
+}
+
+# Print the used bytes of the file system that df is asked about, 0 if there is none.
+used_bytes() {
+    df -Pk "$1" 2>/dev/null | {
+        read -r _
+        read -r _ _ used_kib _ || used_kib=0
+        echo "$((used_kib * 1024))"
+    }
+}
+
+sample() {
+    total=0 available=0
+    while read -r key value _; do
+        case $key in
+        MemTotal:) total=$value ;;
+        MemAvailable:) available=$value ;;
+        esac
+    done </proc/meminfo
+    workspace=0
+    while read -r device directory _; do
+        [ "$device" = "$WORKSPACE" ] && workspace=$(used_bytes "$directory") && break
+    done </proc/mounts
+    report "{\"event\":\"sample\",\"memory_bytes\":$(((total - available) * 1024)),\"root_bytes\":$(used_bytes /),\"workspace_bytes\":$workspace}"
+}
+
+# Commands run the way ssh ran them for Image Factory: by root's login shell.
+command_shell=/bin/sh
+while IFS=: read -r account _ _ _ _ _ login_shell; do
+    [ "$account" = root ] || continue
+    case ${login_shell##*/} in
+    bash | dash | sh | ash | ksh | mksh | zsh) [ -x "$login_shell" ] && command_shell=$login_shell ;;
+    esac
+done </etc/passwd
+
+selinux=none
+if [ -e /sys/fs/selinux/enforce ]; then
+    read -r enforcing </sys/fs/selinux/enforce
+    [ "$enforcing" = 1 ] && selinux=enforcing || selinux=permissive
+fi
+kernel=$(uname -r | tr -cd 'A-Za-z0-9._+~-')
+report "{\"event\":\"job-started\",\"kernel\":\"$kernel\",\"shell\":\"$command_shell\",\"selinux\":\"$selinux\"}"
+
+(while :; do
+    sample
+    sleep "$SAMPLE_SECONDS"
+done) </dev/null >/dev/null 2>&1 4>&- &
+
+status=0
+index=0
+for command in "$JOB"/commands/*.cmd; do
+    index=$((index + 1))
+    cat "${command%.cmd}.head" >&4
+    report "{\"event\":\"command-started\",\"index\":$index}"
+    started=$(now)
+    read -r first_line <"$command"
+    case $first_line in
+    '#!'*) "$command" </dev/null >&4 2>&1 3>&- 4>&- ;;
+    *) "$command_shell" "$command" </dev/null >&4 2>&1 3>&- 4>&- ;;
+    esac
+    status=$?
+    took=$(seconds_since "$started")
+    printf '=== exit status %d after %s s\n' "$status" "$took" >&4
+    report "{\"event\":\"command-ended\",\"index\":$index,\"status\":$status,\"seconds\":$took}"
+    [ "$status" -eq 0 ] || break
+done
+
+# Close the log; a daemon that a command left behind may hold it open, so do not wait for ever.
+exec 4>&-
+tries=0
+while kill -0 "$pump" 2>/dev/null && [ "$tries" -lt 5 ]; do
+    tries=$((tries + 1))
+    sleep 1
+done
+
+sample
+sync
+report "{\"event\":\"job-ended\",\"status\":$status}"
+power_off

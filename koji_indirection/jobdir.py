@@ -1,0 +1,132 @@
+"""The private directory of one build, gone with everything in it however the build ends.
+
+A watchdog process holds a pipe to the build. When the build dies without
+saying that it is done (SIGKILL, a crash), the watchdog kills the qemu and
+libguestfs processes that name the directory on their command lines, and
+removes it. It must never touch a process or a directory that is not this build's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import BuilderFault
+
+PREFIX = "koji-indirection-"
+_DONE = b"done\n"
+
+
+@dataclass(frozen=True)
+class JobDirectory:
+    """Where one build keeps its files.
+
+    path -- disks and temporary files; on the work area, which must have room for them.
+    run -- sockets only; short, because a Unix socket's path ends at 107 bytes.
+    """
+
+    path: Path
+    run: Path
+
+
+@contextlib.contextmanager
+def job_directory(work_dir: Path, run_parent: Path = Path("/tmp")) -> Iterator[JobDirectory]:  # noqa: S108
+    """Make the directories of one build, guard them, and remove them at the end.
+
+    Both get mode 0711: libvirt may run qemu as another user, who must reach the
+    disks by their names and must not list them; mkdtemp's name is not guessable.
+    Raises BuilderFault when work_dir cannot be written.
+    """
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=work_dir)).resolve()
+    except OSError as error:
+        raise BuilderFault(
+            f"the work directory {work_dir} cannot be written: {error.strerror}",
+            "name another one with --work-dir",
+        ) from error
+    run = Path(tempfile.mkdtemp(prefix="ki-", dir=run_parent)).resolve()
+    path.chmod(0o711)
+    run.chmod(0o711)
+    watchdog = _start_watchdog(path, run)
+    try:
+        yield JobDirectory(path, run)
+    finally:
+        # The watchdog goes last: an interrupt in these lines leaves the rest to it.
+        remove(path)
+        remove(run)
+        assert watchdog.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            watchdog.stdin.write(_DONE)
+            watchdog.stdin.close()
+        watchdog.wait()
+
+
+def python_environment() -> dict[str, str]:
+    """The environment in which `python -m koji_indirection.X` finds this very library."""
+    package_parent = str(Path(__file__).resolve().parent.parent)
+    inherited = os.environ.get("PYTHONPATH")
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{package_parent}{os.pathsep}{inherited}" if inherited else package_parent,
+    }
+
+
+def remove(path: Path) -> None:
+    """Remove a directory tree; what is gone already is no error."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def kill_processes_of(directories: list[Path]) -> None:
+    """SIGKILL every qemu or libguestfs helper whose command line names one of the directories."""
+    needles = [os.fsencode(directory) for directory in directories]
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            arguments = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue  # it ended while we looked
+        program = arguments.split(b"\0", 1)[0]
+        ours = b"qemu" in program or b"koji_indirection.appliance" in arguments
+        if ours and any(needle in arguments for needle in needles):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
+def _start_watchdog(*directories: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "koji_indirection.jobdir", *map(str, directories)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=python_environment(),
+        cwd="/",
+        start_new_session=True,  # a terminal's Ctrl-C and a killed process group do not reach it
+    )
+
+
+def _watch(directories: list[Path]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.stdin.buffer.read() == _DONE:
+        return
+    # A qemu that was being started may show up a moment later, so look more than once.
+    for _ in range(5):
+        kill_processes_of(directories)
+        time.sleep(0.3)
+    for directory in directories:
+        remove(directory)
+
+
+if __name__ == "__main__":
+    _watch([Path(argument) for argument in sys.argv[1:]])

@@ -1,0 +1,305 @@
+"""libvirt: connect, start the utility VM, hear of its end, photograph it, destroy it.
+
+Nothing here outlives its `with`: the domain is transient, autodestroyed by
+libvirtd when this process dies, and under the embedded driver (which has no
+autodestroy) killed by the watchdog of jobdir.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .domain import Domain, domain_xml
+from .errors import BuilderFault
+
+log = logging.getLogger(__name__)
+
+_EMBED_CONFIG = """\
+user = "root"
+group = "root"
+dynamic_ownership = 0
+remember_owner = 0
+security_driver = "none"
+cgroup_controllers = []
+namespaces = []
+stdio_handler = "file"
+"""
+
+
+@dataclass(frozen=True)
+class Hypervisor:
+    """An open libvirt connection.
+
+    uri -- as libvirt names it; driver -- "system", "session", "embed" or "other".
+    shares_our_files -- False when qemu runs as another user, who may not read our files.
+    """
+
+    connection: Any
+    uri: str
+    driver: str
+
+    @property
+    def has_autodestroy(self) -> bool:
+        return self.driver != "embed"
+
+    @property
+    def shares_our_files(self) -> bool:
+        return self.driver in ("session", "embed")
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions of libvirt and qemu, e.g. {"libvirt": "9.0.0", "qemu": "7.2.22"}."""
+        return {
+            "libvirt": _dotted(self.connection.getLibVersion()),
+            "qemu": _dotted(self.connection.getVersion()),
+        }
+
+
+@contextlib.contextmanager
+def connect(uri: str | None, *, run_dir: Path, cache_dir: Path) -> Iterator[Hypervisor]:
+    """Open libvirt: the URI asked for, or the first that works of system, session, embed.
+
+    run_dir -- a short private directory: root of the embedded driver.
+    cache_dir -- where the embedded driver's knowledge of qemu is kept between builds.
+    Raises BuilderFault when there is no libvirt or it cannot be reached.
+    """
+    # What libvirt's library logs belongs with the build, not on the terminal.
+    os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"3:file:{run_dir}/libvirt.log")
+    libvirt = _libvirt_module()
+    _start_event_loop(libvirt)
+    candidates = [uri] if uri else _default_uris()
+    reasons = []
+    connection = None
+    for candidate in candidates:
+        name = candidate
+        if candidate == "qemu:///embed":
+            name = f"{candidate}?root={_embed_root(run_dir, cache_dir)}"
+        try:
+            connection = libvirt.open(name)
+            break
+        except libvirt.libvirtError as error:
+            reasons.append(f"{candidate}: {error.get_error_message()}")
+            log.debug("libvirt %s", reasons[-1])
+    if connection is None:
+        raise BuilderFault(
+            f"libvirt cannot be reached; {'; '.join(reasons)}",
+            "start libvirtd, or install the qemu driver of libvirt so that qemu:///embed works",
+        )
+    try:
+        chosen = str(connection.getURI())
+        yield Hypervisor(connection, chosen, _driver_of(chosen))
+    finally:
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.close()
+
+
+class Machine:
+    """A started utility VM and its three streams.
+
+    console, status, log -- connected sockets to read from.
+    events -- what libvirt says of it: "stopped", "crashed", "rebooted", or "io-error"
+        when the host could not write one of the guest's disks.
+    """
+
+    def __init__(self, domain: Any, spec: Domain, events: queue.SimpleQueue[str]) -> None:
+        self.events = events
+        self.console = _connect_socket(spec.console_socket)
+        self.status = _connect_socket(spec.status_socket)
+        self.log = _connect_socket(spec.log_socket)
+        self._domain = domain
+
+    def is_active(self) -> bool:
+        """Whether the VM still exists; False once libvirt no longer knows it."""
+        libvirt = _libvirt_module()
+        try:
+            return bool(self._domain.isActive())
+        except libvirt.libvirtError:
+            return False
+
+    def screenshot(self, path: Path) -> bool:
+        """Write the guest's screen to a PNG file; False when there is none to be had."""
+        libvirt = _libvirt_module()
+        picture = bytearray()
+        stream = self._domain.connect().newStream()
+        try:
+            mime_type = self._domain.screenshot(stream, 0)
+            stream.recvAll(lambda _stream, data, _opaque: picture.extend(data), None)
+            stream.finish()
+        except libvirt.libvirtError as error:
+            log.warning("no screenshot: %s", error.get_error_message())
+            return False
+        path.write_bytes(picture if mime_type == "image/png" else _ppm_to_png(bytes(picture)))
+        return True
+
+
+@contextlib.contextmanager
+def start(hypervisor: Hypervisor, spec: Domain) -> Iterator[Machine]:
+    """Start the VM; destroy it, if it still runs, at the end.
+
+    It is created paused and resumed when the three sockets are connected, so
+    that not one byte of the guest's is lost. Raises BuilderFault when libvirt
+    will not start it.
+    """
+    libvirt = _libvirt_module()
+    connection = hypervisor.connection
+    events: queue.SimpleQueue[str] = queue.SimpleQueue()
+    flags = libvirt.VIR_DOMAIN_START_PAUSED
+    if hypervisor.has_autodestroy:
+        flags |= libvirt.VIR_DOMAIN_START_AUTODESTROY
+    callbacks: list[int] = []
+    machine = None
+    try:
+        try:
+            domain = connection.createXML(domain_xml(spec), flags)
+            callbacks = _subscribe(libvirt, connection, domain, events)
+            machine = Machine(domain, spec, events)
+            domain.resume()
+        except libvirt.libvirtError as error:
+            raise BuilderFault(
+                f"libvirt ({hypervisor.uri}) could not start the VM: {error.get_error_message()}",
+                "`koji-indirection doctor` checks libvirt, qemu and KVM",
+            ) from error
+        yield machine
+    finally:
+        # By name: an interrupt may have hit between the start and its answer.
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.lookupByName(spec.name).destroy()
+        for callback in callbacks:
+            with contextlib.suppress(libvirt.libvirtError):
+                connection.domainEventDeregisterAny(callback)
+        if machine is not None:
+            for stream in (machine.console, machine.status, machine.log):
+                stream.close()
+
+
+def _subscribe(
+    libvirt: Any, connection: Any, domain: Any, events: queue.SimpleQueue[str]
+) -> list[int]:
+    def lifecycle(_connection: Any, _domain: Any, event: int, detail: int, _opaque: Any) -> None:
+        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            events.put("stopped")
+        elif event == libvirt.VIR_DOMAIN_EVENT_CRASHED:
+            events.put("crashed")
+        elif (event, detail) == (
+            libvirt.VIR_DOMAIN_EVENT_SUSPENDED,
+            libvirt.VIR_DOMAIN_EVENT_SUSPENDED_IOERROR,
+        ):
+            events.put("io-error")
+
+    def rebooted(_connection: Any, _domain: Any, _opaque: Any) -> None:
+        events.put("rebooted")
+
+    register = connection.domainEventRegisterAny
+    return [
+        register(domain, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, None),
+        register(domain, libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, rebooted, None),
+    ]
+
+
+def _connect_socket(path: Path) -> socket.socket:
+    stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        stream.connect(str(path))
+    except OSError as error:
+        stream.close()
+        raise BuilderFault(
+            f"the VM's socket {path} cannot be reached: {error.strerror}",
+            "see whether AppArmor or SELinux denied it",
+        ) from error
+    return stream
+
+
+def _libvirt_module() -> Any:
+    try:
+        import libvirt
+    except ImportError as error:
+        raise BuilderFault(
+            "the Python binding of libvirt is not installed", "install python3-libvirt"
+        ) from error
+    return libvirt
+
+
+def _default_uris() -> list[str]:
+    # libvirt refuses qemu:///session to root.
+    session = [] if os.geteuid() == 0 else ["qemu:///session"]
+    return ["qemu:///system", *session, "qemu:///embed"]
+
+
+def _driver_of(uri: str) -> str:
+    for driver in ("system", "session", "embed"):
+        if uri.startswith(f"qemu:///{driver}"):
+            return driver
+    return "other"
+
+
+def _embed_root(run_dir: Path, cache_dir: Path) -> Path:
+    """A configured root for the embedded driver, in which nothing needs a daemon."""
+    root = run_dir / "v"
+    (root / "etc").mkdir(parents=True)
+    (root / "etc" / "qemu.conf").write_text(_EMBED_CONFIG)
+    # Asking qemu for its capabilities takes 4 to 7 s; the answer is good for all builds.
+    shared_cache = cache_dir / "libvirt"
+    try:
+        shared_cache.mkdir(parents=True, exist_ok=True)
+        (root / "cache").symlink_to(shared_cache)
+    except OSError as error:
+        log.debug("no shared cache for libvirt's embedded driver: %s", error)
+    return root
+
+
+_event_loop_pid = 0
+
+
+def _start_event_loop(libvirt: Any) -> None:
+    """Run libvirt's event loop in a thread of this process; once, and anew after a fork."""
+    global _event_loop_pid
+    if _event_loop_pid == os.getpid():
+        return
+    # Errors arrive as exceptions; libvirt's own printing of them is noise.
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)
+    libvirt.virEventRegisterDefaultImpl()
+
+    def run() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=run, name="libvirt events", daemon=True).start()
+    _event_loop_pid = os.getpid()
+
+
+def _dotted(number: int) -> str:
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+
+
+def _ppm_to_png(ppm: bytes) -> bytes:
+    """Convert the PPM (P6) that older libvirt gives into PNG (RFC 2083: one IDAT, no filter)."""
+    fields = ppm.split(maxsplit=4)
+    width, height = int(fields[1]), int(fields[2])
+    pixels = ppm[len(ppm) - width * height * 3 :]
+    rows = b"".join(
+        b"\0" + pixels[start : start + width * 3] for start in range(0, len(pixels), width * 3)
+    )
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )

@@ -1,0 +1,500 @@
+"""build(): the one way through, top to bottom.
+
+    vet -> prepare -> inject -> boot -> job -> shutdown -> collect
+
+Every resource is entered on one ExitStack, so that it is gone afterwards
+whichever way the build ends. Used by the local command and by the Koji builder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import platform
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Event
+from typing import Protocol
+
+from . import (
+    __version__,
+    accel,
+    appliance,
+    guest,
+    imagefile,
+    machine,
+    programs,
+    results,
+    workspace,
+)
+from .appliance import Appliance, Drive
+from .config import Settings
+from .domain import Disk, Domain, tcg_cpu_model
+from .errors import BuilderFault, BuildFailed, IndirectionError
+from .guest import GuestSystem
+from .guestlog import BoundedLog
+from .imagefile import ImageFile
+from .jobdir import job_directory
+from .manifest import ImageRecord, Manifest, OutputRecord, Timeline
+from .output import LOGS
+from .spec import BuildSpec
+from .template import Template, require_supported
+from .watch import Deadlines, JobReport, Watch
+
+log = logging.getLogger(__name__)
+
+# In seconds, when the spec names none. Under TCG a guest runs about ten times
+# slower, but most of a boot is waiting: a Debian takes 28 s there.
+BOOT_TIMEOUT_SECONDS = {"kvm": 300, "tcg": 1200}
+SHUTDOWN_TIMEOUT_SECONDS = {"kvm": 60, "tcg": 180}
+DEFAULT_CPUS_MAX = 4
+_OUTPUT_LINES_IN_ERRORS = 15
+
+
+class Progress(Protocol):
+    """Whoever watches a build; called from the thread that builds."""
+
+    def phase(self, name: str) -> None:
+        """A phase begins."""
+
+    def guest_output(self, data: bytes) -> None:
+        """The commands in the guest wrote this; untrusted bytes."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to build, from what, and where it goes.
+
+    utility_image -- None: the input image is its own utility.
+    output -- an existing directory, as output.prepare() makes it.
+    """
+
+    spec: BuildSpec
+    template: Template
+    template_name: str
+    input_image: Path
+    utility_image: Path | None
+    output: Path
+
+
+def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
+    """Do one indirection build; its results, logs and manifest are in order.output afterwards.
+
+    Raises BuildFailed or BuilderFault; logs and manifest are there then too.
+    Whatever is raised, no VM, process or temporary file of the build remains.
+    """
+    timeline = Timeline(on_phase=progress.phase)
+    record = Manifest(
+        spec=order.spec.to_dict(),
+        template={
+            "name": order.template_name,
+            "sha256": order.template.sha256,
+            "ignored": list(order.template.ignored),
+        },
+        timeline=timeline.phases,
+    )
+    with _build_log(order.output / LOGS / "build.log"):
+        try:
+            _Build(order, settings, progress, timeline, record).run()
+            record.outcome = "built"
+        except IndirectionError as error:
+            record.outcome, record.reason = error.label, str(error)
+            log.error("%s", error.one_line())
+            raise
+        except OSError as error:
+            fault = _fault_of(error, order.output)
+            record.reason = str(fault)
+            log.error("%s", fault.one_line())
+            raise fault from error
+        except BaseException as error:
+            record.outcome, record.reason = "interrupted", f"interrupted ({type(error).__name__})"
+            log.error("%s", record.reason)
+            raise
+        finally:
+            timeline.end()
+            record.logs = sorted(path.name for path in (order.output / LOGS).iterdir())
+            with contextlib.suppress(OSError) if record.reason else contextlib.nullcontext():
+                record.write(order.output)
+    return record
+
+
+@dataclass(frozen=True)
+class _Overlay:
+    """A throw-away qcow2 and the only file below it, with its format."""
+
+    path: Path
+    format: str
+    backing: tuple[Path, str]
+
+
+class _Build:
+    """The state that the phases of one build hand to each other."""
+
+    def __init__(
+        self,
+        order: Order,
+        settings: Settings,
+        progress: Progress,
+        timeline: Timeline,
+        record: Manifest,
+    ) -> None:
+        self.order = order
+        self.spec = order.spec
+        self.settings = settings
+        self.progress = progress
+        self.timeline = timeline
+        self.record = record
+        self.logs = order.output / LOGS
+
+    def run(self) -> None:
+        settings = self.settings
+        if self.order.template.ignored:
+            log.info("template: these have no effect: %s", ", ".join(self.order.template.ignored))
+        require_supported(self.order.template)
+        with ExitStack() as stack:
+            self.timeline.enter("vet")
+            self.job = stack.enter_context(job_directory(settings.work_dir))
+            self.accel = accel.choose(settings.accel, cache_dir=settings.cache_dir)
+            self._note_host()
+            self.utility, self.input = self._vet()
+            checksums = stack.enter_context(_checksums({self.utility, self.input}))
+
+            self.timeline.enter("prepare")
+            self.hypervisor = stack.enter_context(
+                machine.connect(
+                    settings.connect, run_dir=self.job.run, cache_dir=settings.cache_dir
+                )
+            )
+            self._note_hypervisor()
+            overlay = self._overlay(self.utility, "utility")
+            disk = self._make_workspace()
+
+            self.timeline.enter("inject")
+            system = self._inject(overlay)
+
+            self.timeline.enter("boot")
+            failure = self._run_machine(system, self._disks(overlay, disk))
+
+            self.timeline.enter("collect")
+            self._collect(overlay, disk, system, failure)
+            self._finish_inputs(checksums)
+
+    def _note_host(self) -> None:
+        self.record.accelerator = {"kind": self.accel.kind, "reason": self.accel.reason}
+        self.record.versions = {
+            "koji-indirection": __version__,
+            "python": platform.python_version(),
+            "kernel": platform.release(),
+        }
+        self.record.host = {
+            "arch": platform.machine(),
+            "cpus": os.cpu_count() or 1,
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        }
+        if self.accel.kind == "tcg" and not self.accel.forced:
+            log.warning("no KVM, the guest runs about ten times slower: %s", self.accel.reason)
+
+    def _vet(self) -> tuple[ImageFile, ImageFile]:
+        """The vetted utility and input image; the same object when there is only one."""
+
+        def vetted(path: Path, role: str) -> ImageFile:
+            image = imagefile.vet(
+                path,
+                max_virtual_size_bytes=self.settings.max_image_bytes,
+                work_dir=self.job.path,
+                role=role,
+            )
+            log.info("%s: %s, %s, %d bytes", role, path, image.format, image.virtual_size_bytes)
+            return image
+
+        given = self.order.utility_image
+        utility = vetted(given, imagefile.UTILITY_IMAGE) if given is not None else None
+        if given is None or given.resolve() == self.order.input_image.resolve():
+            # One image in both parts must be able to boot.
+            image = utility or vetted(self.order.input_image, imagefile.UTILITY_IMAGE)
+            utility, input_image = image, image
+        else:
+            assert utility is not None
+            input_image = vetted(self.order.input_image, imagefile.INPUT_IMAGE)
+        self.record.utility_image = _image_record(utility)
+        self.record.input_image = _image_record(input_image)
+        return utility, input_image
+
+    def _note_hypervisor(self) -> None:
+        self.record.versions.update(self.hypervisor.versions)
+        self.record.host["libvirt_uri"] = self.hypervisor.uri.partition("?")[0]
+        log.info("libvirt: %s; accelerator: %s", self.hypervisor.uri, self.accel.kind)
+
+    def _overlay(self, image: ImageFile, name: str) -> _Overlay:
+        base = self._reachable(image, name)
+        overlay = imagefile.create_overlay(base, self.job.path / f"{name}-overlay.qcow2")
+        return _Overlay(overlay.path, overlay.format, (base.path, base.format))
+
+    def _reachable(self, image: ImageFile, name: str) -> ImageFile:
+        """The image, or a copy of it where qemu runs as a user who may not read the image."""
+        if self.hypervisor.shares_our_files or _everybody_reads(image.path):
+            return image
+        log.info("qemu runs as another user, who cannot read %s: copying it", image.path)
+        copy = self.job.path / f"{name}.{image.format}"
+        seconds = 600 + image.path.stat().st_size / 10_000_000
+        programs.run(
+            ["cp", "--reflink=auto", "--sparse=always", "--", str(image.path), str(copy)],
+            timeout_seconds=seconds,
+        )
+        copy.chmod(0o644)
+        return dataclasses.replace(image, path=copy)
+
+    def _make_workspace(self) -> Path:
+        spec, image = self.spec, self.input
+        disk = self.job.path / "workspace.raw"
+        workspace.create(
+            disk,
+            size_bytes=spec.workspace_size_bytes,
+            filesystem=spec.workspace_fs,
+            input_path=image.path if spec.input_filename is not None else None,
+            input_format=image.format,
+            input_size_bytes=image.virtual_size_bytes,
+            input_filename=spec.input_filename or "",
+        )
+        return disk
+
+    def _inject(self, overlay: _Overlay) -> GuestSystem:
+        drive = Drive(str(overlay.path), overlay.format, readonly=False)
+        with appliance.appliance(
+            [drive], accel_kind=self.accel.kind, job_dir=self.job.path
+        ) as running:
+            self.record.versions["libguestfs"] = running.version()
+            system = guest.inject(
+                running,
+                self.order.template.commands,
+                workspace_device=self.spec.workspace_device,
+                tmp_dir=self.job.path,
+            )
+        self.record.guest = {
+            "os_id": system.os_id,
+            "version_id": system.version_id,
+            "init": system.init,
+            "selinux_made_permissive": system.selinux,
+        }
+        return system
+
+    def _disks(self, overlay: _Overlay, workspace_disk: Path) -> list[Disk]:
+        """The guest's disks, in the order that gives them their names."""
+        disks = []
+        for device, role in self.spec.guest_disks():
+            if role == "utility":
+                disks.append(_overlay_disk(device, role, overlay))
+            elif role == "workspace":
+                disks.append(Disk(device, role, workspace_disk, "raw"))
+            elif self.spec.input_writable:
+                disks.append(_overlay_disk(device, role, self._overlay(self.input, "input")))
+            else:
+                image = self._reachable(self.input, "input")
+                disks.append(Disk(device, role, image.path, image.format, readonly=True))
+        return disks
+
+    def _run_machine(self, system: GuestSystem, disks: Sequence[Disk]) -> IndirectionError | None:
+        """Run the VM to its end; returns why the job failed, None when it ended well."""
+        spec, kind = self.spec, self.accel.kind
+        domain = Domain(
+            name=f"koji-indirection-{uuid.uuid4().hex[:12]}",
+            accel_kind=kind,
+            memory_bytes=spec.memory_bytes,
+            cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX),
+            cpu_model=tcg_cpu_model(system.os_id, system.version_id),
+            disks=disks,
+            socket_dir=self.job.run,
+        )
+        deadlines = Deadlines(
+            boot=spec.boot_timeout_seconds or BOOT_TIMEOUT_SECONDS[kind],
+            job=spec.job_timeout_seconds,
+            command=spec.command_timeout_seconds,
+            shutdown=spec.shutdown_timeout_seconds or SHUTDOWN_TIMEOUT_SECONDS[kind],
+        )
+        limit = self.settings.max_log_bytes
+        failure: IndirectionError | None
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            job_log = enter(BoundedLog(self.logs / "job.log", limit_bytes=limit))
+            console_log = enter(BoundedLog(self.logs / "console.log", limit_bytes=limit))
+            running = enter(machine.start(self.hypervisor, domain))
+            watch = Watch(
+                running,
+                command_names=[command.name for command in self.order.template.commands],
+                deadlines=deadlines,
+                job_log=job_log,
+                console_log=console_log,
+                on_output=self.progress.guest_output,
+                on_stage=self.timeline.enter,
+            )
+            try:
+                watch.follow(self.logs / "screenshot.png")
+                failure = _job_failure(watch.report, job_log)
+            except IndirectionError as error:
+                failure = error
+        report = watch.report
+        self.record.commands = [asdict(command) for command in report.commands]
+        self.record.guest.update(
+            report.guest,
+            cpus=domain.cpus,
+            memory_bytes=domain.memory_bytes,
+            cpu_model="host" if kind == "kvm" else domain.cpu_model,
+            peaks=report.peaks,
+        )
+        return failure
+
+    def _collect(
+        self,
+        overlay: _Overlay,
+        workspace_disk: Path,
+        system: GuestSystem,
+        failure: IndirectionError | None,
+    ) -> None:
+        """Fetch logs and, when the job ended well, results; raises what went wrong first."""
+        if failure is not None and not self.spec.collect_logs:
+            raise failure
+        drives = [
+            Drive(str(overlay.path), overlay.format, readonly=True),
+            Drive(str(workspace_disk), "raw", readonly=True),
+        ]
+        try:
+            with appliance.appliance(
+                drives, accel_kind=self.accel.kind, job_dir=self.job.path
+            ) as running:
+                missing = self._collect_workspace(running, results_too=failure is None)
+                if missing:
+                    with results.mounted(running, system.root_device, what="root file system"):
+                        missing -= self._collect_logs(running, missing, where="root")
+                for pattern in sorted(missing):
+                    log.warning("log %s: there is no such file in workspace or root", pattern)
+        except IndirectionError as error:
+            if failure is None:
+                raise
+            log.warning("logs could not be collected: %s", error)
+        if failure is not None:
+            raise failure
+
+    def _collect_workspace(self, running: Appliance, *, results_too: bool) -> set[str]:
+        """Fetch from the workspace; returns the logs that are not there."""
+        missing = set(self.spec.collect_logs)
+        limits = results.ResultLimits(self.settings.max_results, self.settings.max_result_bytes)
+        with results.mounted(running, "/dev/sdb1", what="workspace"):
+            missing -= self._collect_logs(running, missing, where="workspace")
+            if results_too:
+                collected = results.collect(
+                    running, self.spec.results, output=self.order.output, limits=limits
+                )
+                self.record.outputs = [
+                    OutputRecord(one.path.name, one.guest_path, one.size_bytes, one.sha256)
+                    for one in collected
+                ]
+        return missing
+
+    def _collect_logs(self, running: Appliance, patterns: set[str], *, where: str) -> set[str]:
+        return results.collect_logs(
+            running,
+            sorted(patterns),
+            where=where,
+            output=self.logs,
+            limit_bytes=self.settings.max_log_bytes,
+        )
+
+    def _finish_inputs(self, checksums: dict[ImageFile, Future[str]]) -> None:
+        """Put the checksums on record; refuse a result of inputs that changed meanwhile."""
+        for image, future in checksums.items():
+            if not imagefile.unchanged(image):
+                raise BuilderFault(
+                    f"{image.source} changed while it was used",
+                    "build from a file that nobody writes to",
+                )
+            for entry in (self.record.utility_image, self.record.input_image):
+                if entry is not None and entry.path == str(image.source):
+                    entry.sha256 = future.result()
+
+
+@contextlib.contextmanager
+def _checksums(images: set[ImageFile]) -> Iterator[dict[ImageFile, Future[str]]]:
+    """Checksums of the files that the user named, computed beside the build."""
+    cancelled = Event()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum") as pool:
+        try:
+            yield {
+                image: pool.submit(imagefile.sha256, image.source, cancelled=cancelled.is_set)
+                for image in images
+            }
+        finally:
+            cancelled.set()
+
+
+class _QuietFileHandler(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop a line that cannot be written: the full disk itself ends the build soon after."""
+
+
+@contextlib.contextmanager
+def _build_log(path: Path) -> Iterator[None]:
+    """Write what the library logs, debug messages included, into a file."""
+    logger = logging.getLogger(__package__)
+    handler = _QuietFileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
+def _job_failure(report: JobReport, job_log: BoundedLog) -> BuildFailed | None:
+    if report.status == 0:
+        return None
+    lines = job_log.last_lines(_OUTPUT_LINES_IN_ERRORS)
+    details = "\n".join(["the last lines of logs/job.log:", *(f"  {line}" for line in lines)])
+    failed = report.commands[-1] if report.commands else None
+    what = f"command {failed.name!r}" if failed is not None else "the job"
+    return BuildFailed(
+        f"{what} exited with status {report.status}", "see logs/job.log", details=details
+    )
+
+
+def _overlay_disk(device: str, role: str, overlay: _Overlay) -> Disk:
+    return Disk(device, role, overlay.path, overlay.format, backing=overlay.backing)
+
+
+def _everybody_reads(path: Path) -> bool:
+    """Whether any user can read the file: by its own mode and those of all directories above."""
+    directories = path.resolve().parents
+    return bool(path.stat().st_mode & 0o004) and all(
+        directory.stat().st_mode & 0o001 for directory in directories
+    )
+
+
+def _image_record(image: ImageFile) -> ImageRecord:
+    return ImageRecord(
+        path=str(image.source),
+        format=image.format,
+        size_bytes=image.source.stat().st_size,
+        virtual_size_bytes=image.virtual_size_bytes,
+    )
+
+
+def _fault_of(error: OSError, output: Path) -> BuilderFault:
+    if error.errno == errno.ENOSPC:
+        return BuilderFault(
+            f"no space left on the file system of {error.filename or output}",
+            "free some space; --output and --work-dir name other places",
+        )
+    return BuilderFault(
+        f"{error.filename or 'a file'}: {error.strerror or error}", "see logs/build.log"
+    )

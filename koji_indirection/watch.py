@@ -1,0 +1,326 @@
+"""Follow a running utility VM from power-on to power-off.
+
+Reads the three streams of the guest, writes the logs, enforces the deadlines
+and says how it ended. What a guest sends is text, so many bytes; a report
+that makes no sense is counted and dropped, never obeyed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import queue
+import re
+import selectors
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import BuilderFault, BuildFailed, IndirectionError
+from .guestlog import BoundedLog, LineSplitter, printable
+from .machine import Machine
+
+log = logging.getLogger(__name__)
+
+_LINE_LIMIT_BYTES = 4096
+_CONSOLE_LINES_IN_ERRORS = 20
+# At the start of a console line, behind the kernel's time stamp.
+_PANIC = re.compile(rb"(?:\[ *\d+\.\d+\] )?Kernel panic - not syncing: ?([^\r\n]*)")
+_NOT_BOOTABLE = re.compile(rb"No bootable device|Boot failed: not a bootable disk")
+_SILENCE_AFTER_PANIC_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """In seconds: how long each stage may take."""
+
+    boot: float
+    job: float
+    command: float | None
+    shutdown: float
+
+
+@dataclass
+class CommandRecord:
+    """One command as the guest reported it; status and seconds None when it did not end."""
+
+    name: str
+    status: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class JobReport:
+    """What became of the job.
+
+    status -- exit status of the job; None until the guest reported its end.
+    guest -- facts that the guest stated about itself (kernel, shell, selinux).
+    peaks -- highest samples in bytes: memory_bytes, root_bytes, workspace_bytes.
+    boot_seconds, job_seconds, shutdown_seconds -- how long each stage took on the host's clock.
+    """
+
+    commands: list[CommandRecord] = field(default_factory=list)
+    status: int | None = None
+    guest: dict[str, str] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    boot_seconds: float | None = None
+    job_seconds: float | None = None
+    shutdown_seconds: float | None = None
+
+    @property
+    def running_command(self) -> CommandRecord | None:
+        """The command that was started and did not end."""
+        last = self.commands[-1] if self.commands else None
+        return last if last is not None and last.status is None else None
+
+
+class Watch:
+    """One pass over one VM; follow() is the whole of it."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        command_names: Sequence[str],
+        deadlines: Deadlines,
+        job_log: BoundedLog,
+        console_log: BoundedLog,
+        on_output: Callable[[bytes], None],
+        on_stage: Callable[[str], None],
+    ) -> None:
+        self.report = JobReport()
+        self._machine = machine
+        self._command_names = command_names
+        self._deadlines = deadlines
+        self._job_log = job_log
+        self._console_log = console_log
+        self._on_output = on_output
+        self._on_stage = on_stage
+        self._reports = LineSplitter(_LINE_LIMIT_BYTES)
+        self._console_lines = LineSplitter(_LINE_LIMIT_BYTES)
+        self._bad_reports = 0
+        self._stopped = False
+        self._panic: str | None = None
+        self._not_bootable = False
+        self._last_heard = time.monotonic()
+        self._stage = "boot"
+        self._stage_started = time.monotonic()
+        self._command_started = 0.0
+
+    def follow(self, screenshot: Path) -> JobReport:
+        """Watch until the VM is gone after its job has ended.
+
+        Raises BuildFailed when the job came to no orderly end (panic, reboot,
+        power-off, time-out), BuilderFault when it never started; a screenshot
+        is taken first. A job that ended with a status is no exception: see
+        report.status.
+        """
+        try:
+            self._follow()
+        except IndirectionError as error:
+            error.details = self._console_tail()
+            if self._machine.is_active() and self._machine.screenshot(screenshot):
+                log.info("screenshot of the guest's console: %s", screenshot.name)
+            raise
+        return self.report
+
+    def _follow(self) -> None:
+        streams = {
+            self._machine.status: self._read_reports,
+            self._machine.log: self._read_output,
+            self._machine.console: self._read_console,
+        }
+        with selectors.DefaultSelector() as selector:
+            for stream, reader in streams.items():
+                stream.setblocking(False)
+                selector.register(stream, selectors.EVENT_READ, reader)
+            while self._stage != "over":
+                for key, _ in selector.select(timeout=0.25):
+                    data = _receive(key.fileobj)  # type: ignore[arg-type]
+                    if data:
+                        self._last_heard = time.monotonic()
+                        key.data(data)
+                    else:
+                        selector.unregister(key.fileobj)
+                gone = not selector.get_map()
+                if gone:
+                    time.sleep(0.1)  # qemu has closed every stream; its event follows
+                self._look_at_events(gone)
+                self._look_at_the_clock()
+
+    def _enter(self, stage: str) -> float:
+        """Go on to the next stage; returns how many seconds the last one took."""
+        now = time.monotonic()
+        took = now - self._stage_started
+        self._stage, self._stage_started = stage, now
+        if stage != "over":
+            self._on_stage(stage)
+        return round(took, 2)
+
+    # What the guest sends
+
+    def _read_output(self, data: bytes) -> None:
+        self._job_log.write(data)
+        self._on_output(data)
+
+    def _read_console(self, data: bytes) -> None:
+        self._console_log.write(data)
+        for line in self._console_lines.feed(data):
+            if self._stage == "boot" and _NOT_BOOTABLE.search(line):
+                self._not_bootable = True
+            panic = _PANIC.match(line)
+            if panic and self._panic is None:
+                self._panic = printable(panic.group(1), 200).strip()
+
+    def _read_reports(self, data: bytes) -> None:
+        for line in self._reports.feed(data):
+            try:
+                self._take_report(json.loads(line))
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                self._bad_reports += 1
+                if self._bad_reports == 1:
+                    log.warning(
+                        "the guest sent a report that makes no sense: %s", printable(line, 200)
+                    )
+
+    def _take_report(self, report: dict[str, Any]) -> None:
+        event = report["event"]
+        if event == "job-started" and self._stage == "boot":
+            self.report.guest = {
+                key: printable(str(report[key]), 100) for key in ("kernel", "shell", "selinux")
+            }
+            self.report.boot_seconds = self._enter("job")
+            log.info(
+                "job started after %.1f s: kernel %s, SELinux %s",
+                self.report.boot_seconds,
+                self.report.guest["kernel"],
+                self.report.guest["selinux"],
+            )
+        elif self._stage != "job":
+            return
+        elif event == "command-started":
+            index = int(report["index"])
+            if index != len(self.report.commands) + 1:
+                raise ValueError("out of order")
+            name = self._command_names[index - 1] if index <= len(self._command_names) else ""
+            if not name:
+                raise ValueError("no such command")
+            self.report.commands.append(CommandRecord(name))
+            self._command_started = time.monotonic()
+            log.info("command %d of %d: %s", index, len(self._command_names), name)
+        elif event == "command-ended":
+            command = self.report.running_command
+            if command is None or int(report["index"]) != len(self.report.commands):
+                raise ValueError("out of order")
+            seconds = max(0.0, min(float(report["seconds"]), 1e9))
+            command.status, command.seconds = int(report["status"]) & 0xFF, seconds
+            log.info("command %s: exit status %d, %.1f s", command.name, command.status, seconds)
+        elif event == "sample":
+            for key in ("memory_bytes", "root_bytes", "workspace_bytes"):
+                value = max(0, min(int(report[key]), 2**63 - 1))
+                self.report.peaks[key] = max(value, self.report.peaks.get(key, 0))
+        elif event == "job-ended":
+            self.report.status = int(report["status"]) & 0xFF
+            self.report.job_seconds = self._enter("shutdown")
+
+    # What ends it
+
+    def _look_at_events(self, gone: bool) -> None:
+        event = None
+        with contextlib.suppress(queue.Empty):
+            event = self._machine.events.get_nowait()
+        if event == "stopped":
+            self._stopped, event = True, None
+        # What the guest sent before it stopped is read first, to the end of every stream.
+        if gone and (self._stopped or not self._machine.is_active()):
+            event = event or "stopped"
+        if self._stage == "shutdown":
+            if event is not None:
+                self.report.shutdown_seconds = self._enter("over")
+            return
+        if event == "io-error":
+            raise BuilderFault(
+                "the host could not write the guest's disks: no space left in the work directory",
+                "free some space, or name another directory with --work-dir",
+            )
+        silent = time.monotonic() - self._last_heard
+        if event == "crashed" or (
+            self._panic is not None and (event is not None or silent > _SILENCE_AFTER_PANIC_SECONDS)
+        ):
+            reason = f": {self._panic}" if self._panic else ""
+            raise self._early_end(f"the guest's kernel panicked{reason}")
+        if event == "rebooted":
+            raise self._early_end("the guest rebooted")
+        if event == "stopped":
+            raise self._early_end("the guest powered off")
+        if self._not_bootable:
+            raise BuildFailed(
+                "the utility image is not bootable: the firmware found no boot loader on it",
+                "use an image with a BIOS boot loader",
+            )
+
+    def _early_end(self, what: str) -> IndirectionError:
+        if self._stage == "boot":
+            return BuilderFault(
+                f"{what} before the job started, {self._stage_age():.0f} s after power-on",
+                "see logs/console.log; try the utility image in a VM of your own",
+            )
+        return BuildFailed(
+            f"{what} before the job ended{self._during()}",
+            "see logs/console.log and logs/job.log",
+        )
+
+    def _look_at_the_clock(self) -> None:
+        age = self._stage_age()
+        if self._stage == "boot" and age > self._deadlines.boot:
+            raise BuilderFault(
+                f"the guest did not start the job within the boot deadline of"
+                f" {self._deadlines.boot:.0f} s",
+                "see logs/console.log and logs/screenshot.png; --boot-timeout allows more time",
+            )
+        if self._stage == "job":
+            if age > self._deadlines.job:
+                raise BuildFailed(
+                    f"the job did not end within its {self._deadlines.job:.0f} s{self._during()}",
+                    "--job-timeout allows more time",
+                )
+            command = self.report.running_command
+            if (
+                command is not None
+                and self._deadlines.command is not None
+                and time.monotonic() - self._command_started > self._deadlines.command
+            ):
+                raise BuildFailed(
+                    f"command {command.name!r} did not end within {self._deadlines.command:.0f} s",
+                    "--command-timeout allows more time",
+                )
+        if self._stage == "shutdown" and age > self._deadlines.shutdown:
+            log.warning("the guest did not power off within %.0f s; destroying it", age)
+            self.report.shutdown_seconds = self._enter("over")
+
+    def _stage_age(self) -> float:
+        return time.monotonic() - self._stage_started
+
+    def _during(self) -> str:
+        command = self.report.running_command
+        return f", during command {command.name!r}" if command is not None else ""
+
+    def _console_tail(self) -> str:
+        lines = self._console_log.last_lines(_CONSOLE_LINES_IN_ERRORS)
+        if not lines:
+            return "(the guest's console stayed silent)"
+        return "\n".join(["the guest's last console lines:", *(f"  {line}" for line in lines)])
+
+
+def _receive(stream: socket.socket) -> bytes:
+    """What a stream has for us; empty at its end."""
+    try:
+        return stream.recv(65536)
+    except BlockingIOError:
+        raise AssertionError("selected, yet nothing to read") from None
+    except ConnectionError:
+        return b""
