@@ -33,6 +33,7 @@ setup(
             "mypy",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "lxml-stubs",
         ],

@@ -1,0 +1,74 @@
+# make demo    all set-up, demo images, one build, and proof that its boot.iso boots
+# make test    all set-up, lint, and every test
+# make check   the checks that need no VM: lint and the unit tests
+# make lint    ruff and mypy
+# make clean   remove everything that make has made here
+
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+IMAGES := .cache/images
+DEMO := demo
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+# What a builder needs; then what the example images and their proof need; then what tests need.
+BUILDER_PACKAGES := python3 python3-venv python3-libvirt python3-guestfs \
+	libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system \
+	qemu-system-x86 qemu-utils e2fsprogs xfsprogs libguestfs-xfs linux-image-cloud-amd64
+EXAMPLE_PACKAGES := mmdebstrap fdisk grub-common grub-pc-bin busybox-static kmod cpio ovmf \
+	ca-certificates
+TEST_PACKAGES := xz-utils gzip zstd git xorriso procps
+PACKAGES := $(BUILDER_PACKAGES) $(EXAMPLE_PACKAGES) $(TEST_PACKAGES)
+
+RECIPES := $(wildcard examples/debian-utility/*)
+
+.PHONY: demo test check lint setup packages images clean
+
+demo: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2
+	PATH="$(abspath $(BIN)):$$PATH" examples/demo $(IMAGES) $(DEMO)
+
+test: lint images
+	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/guest -n 2
+
+check: lint
+	$(BIN)/pytest tests/unit
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+images: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2 $(IMAGES)/tiny.qcow2
+
+setup: packages $(VENV)/ready
+
+packages:
+	@if ! dpkg-query --show --showformat='$${db:Status-Status}\n' $(PACKAGES) 2>&1 \
+			| awk '$$0 != "installed" { missing = 1 } END { exit missing }'; then \
+		$(SUDO) apt-get update && \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive \
+			apt-get install --yes --no-install-recommends $(PACKAGES); \
+	fi
+
+# The distribution's guestfs and libvirt bindings are seen through --system-site-packages.
+$(VENV)/ready: setup.py pyproject.toml
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/pip install --quiet --editable '.[zstd,test]'
+	touch $@
+
+$(IMAGES)/utility.qcow2: examples/debian-utility/make-image $(RECIPES) | packages
+	mkdir -p $(IMAGES)
+	examples/debian-utility/make-image $@
+
+$(IMAGES)/input.qcow2: $(wildcard examples/debian-input/*) $(RECIPES) | packages
+	mkdir -p $(IMAGES)
+	examples/debian-input/make-image $@
+
+$(IMAGES)/tiny.qcow2: $(wildcard examples/tiny-guest/*) $(RECIPES) | packages
+	mkdir -p $(IMAGES)
+	examples/tiny-guest/make-image $@
+
+clean:
+	rm -rf $(VENV) .cache $(DEMO) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
