@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -9,6 +10,14 @@ from setuptools import find_packages, setup
 from koji_indirection import __version__
 
 HERE = Path(__file__).parent
+
+# Where Koji looks for plugins, below the installation prefix, and which room they come from.
+PLUGIN_PLACES = {
+    "lib/koji-hub-plugins": "hub",
+    "lib/koji-builder-plugins": "builder",
+    f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
+    "/site-packages/koji_cli_plugins": "cli",
+}
 
 setup(
     name="koji-indirection",
@@ -18,6 +27,10 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["koji_indirection", "koji_indirection.*"]),
     package_data={"koji_indirection": ["job/*"]},
+    data_files=[
+        (place, [str(path.relative_to(HERE)) for path in sorted((HERE / room).glob("*.py"))])
+        for place, room in PLUGIN_PLACES.items()
+    ],
     python_requires=">=3.9",
     install_requires=[
         "jsonschema",
