@@ -54,11 +54,6 @@ class Accel:
     forced: bool
     hint: str = ""
 
-    @property
-    def deadline_factor(self) -> int:
-        """What to multiply a deadline with that was set with KVM in mind."""
-        return 1 if self.kind == "kvm" else 10
-
 
 def choose(wanted: str, *, cache_dir: Path) -> Accel:
     """The accelerator to use when the user said auto, kvm or tcg.

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 LAUNCH_TIMEOUT_SECONDS = 180  # under TCG; the first launch on a machine builds the appliance (32 s)
 CALL_TIMEOUT_SECONDS = 300
+_SLOW_CALL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ class Appliance:
             self._child.stdin.flush()
         except BrokenPipeError:
             raise ApplianceError(method, "its process has ended") from None
+        started = time.monotonic()
         answer = json.loads(self._read_line(method, timeout_seconds))
+        seconds = time.monotonic() - started
+        if seconds > _SLOW_CALL_SECONDS:
+            log.debug("libguestfs: %s took %.1f s", method, seconds)
         if "error" in answer:
             raise ApplianceError(method, answer["error"])
         return answer["value"]

@@ -12,12 +12,16 @@ import resource
 import shlex
 import signal
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 from .errors import BuilderFault
 
 log = logging.getLogger(__name__)
+
+_STDERR_BYTES = 64 * 1024  # its last part; a 5 MB qcow2 makes `qemu-img check` write gigabytes
 
 
 @dataclass(frozen=True)
@@ -86,29 +90,53 @@ def run(
             env={**os.environ, "LC_ALL": "C", **(env or {})},
             start_new_session=True,
             preexec_fn=set_limits if limits is not None else None,
-            text=True,
-            errors="replace",
         )
     except FileNotFoundError as error:
         raise BuilderFault(
             f"{argv[0]} is not installed",
             "install it; `koji-indirection doctor` lists what is missing",
         ) from error
+    assert child.stderr is not None
+    complaints = _Tail(child.stderr)
+    child.stderr = None  # communicate() would keep all of it in memory
     try:
-        stdout, stderr = child.communicate(input_text, timeout=timeout_seconds)
+        data = None if input_text is None else input_text.encode()
+        stdout = child.communicate(data, timeout=timeout_seconds)[0]
     except subprocess.TimeoutExpired:
         _kill(child)
-        raise ProgramFailed(argv, None, child.communicate()[1], timeout_seconds) from None
+        child.communicate()
+        raise ProgramFailed(argv, None, complaints.text(), timeout_seconds) from None
     except BaseException:
         _kill(child)
         child.wait()
         raise
     if child.returncode != 0:
-        raise ProgramFailed(argv, child.returncode, stderr, timeout_seconds)
-    return stdout
+        raise ProgramFailed(argv, child.returncode, complaints.text(), timeout_seconds)
+    complaints.text()
+    return stdout.decode(errors="replace")
 
 
-def _kill(child: subprocess.Popen[str]) -> None:
+class _Tail:
+    """Reads a pipe to its end in a thread, and keeps the last part."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe = pipe
+        self._kept = b""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with self._pipe:
+            while piece := os.read(self._pipe.fileno(), _STDERR_BYTES):
+                self._kept = (self._kept + piece)[-_STDERR_BYTES:]
+
+    def text(self) -> str:
+        """The last part, once the program has ended."""
+        self._thread.join(timeout=1)  # a daemon that it left behind may hold the pipe
+        return self._kept.decode(errors="replace")
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
     try:
         os.killpg(child.pid, signal.SIGKILL)
     except ProcessLookupError:
