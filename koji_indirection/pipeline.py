@@ -44,7 +44,7 @@ from .imagefile import ImageFile
 from .jobdir import job_directory
 from .manifest import ImageRecord, Manifest, OutputRecord, Timeline
 from .output import LOGS
-from .spec import BuildSpec
+from .spec import BuildSpec, format_size
 from .template import Template, require_supported
 from .watch import Deadlines, JobReport, Watch
 
@@ -198,6 +198,12 @@ class _Build:
             "cpus": os.cpu_count() or 1,
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         }
+        if self.spec.memory_bytes > self.record.host["memory_bytes"]:
+            raise BuilderFault(
+                f"the guest is to have {format_size(self.spec.memory_bytes)} of memory,"
+                f" this machine has {format_size(self.record.host['memory_bytes'])}",
+                "give it less with --memory",
+            )
         if self.accel.kind == "tcg" and not self.accel.forced:
             log.warning("no KVM, the guest runs about ten times slower: %s", self.accel.reason)
 
@@ -220,6 +226,11 @@ class _Build:
             # One image in both parts must be able to boot.
             image = utility or vetted(self.order.input_image, imagefile.UTILITY_IMAGE)
             utility, input_image = image, image
+            if self.spec.input_device is not None:
+                log.warning(
+                    "the guest sees the same disk twice, with the same UUIDs and labels:"
+                    " it may mount the wrong one"
+                )
         else:
             assert utility is not None
             input_image = vetted(self.order.input_image, imagefile.INPUT_IMAGE)
