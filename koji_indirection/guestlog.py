@@ -99,7 +99,7 @@ class _Tail:
 
     def append(self, data: bytes) -> None:
         self._total_bytes += len(data)
-        self._held += data[-self._limit_bytes :]
+        self._held += data[max(0, len(data) - self._limit_bytes) :]  # [-0:] would be all
         if len(self._held) > 2 * self._limit_bytes:  # seldom, so that small pieces stay cheap
             del self._held[: -self._limit_bytes]
 
