@@ -180,7 +180,7 @@ class Watch:
         for line in self._reports.feed(data):
             try:
                 self._take_report(json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            except (ValueError, OverflowError, TypeError, KeyError, AttributeError, RecursionError):
                 self._bad_reports += 1
                 if self._bad_reports == 1:
                     log.warning(
