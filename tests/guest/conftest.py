@@ -1,0 +1,328 @@
+"""Real builds in real VMs: the installed command, run as a user runs it, seen from outside.
+
+Every test gets `build`; after it nothing of the test's builds may be left on the machine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+import pytest
+from lxml import etree
+from lxml.builder import E
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+IMAGES = REPOSITORY / ".cache" / "images"
+COMMAND = Path(sys.executable).with_name("koji-indirection")
+ROOT_OFFSET = 1024 * 1024  # of the only partition, in every example image
+
+# The commands of a template: (name, shell text); or a file.
+Commands = Union[Sequence[tuple[str, str]], Path]
+RESULT = "mkdir -p /mnt/results/images && echo made > /mnt/results/images/boot.iso"
+# Small and quick; a test's own options come later on the command line and win.
+SMALL = ("--memory", "256M", "--cpus", "1", "--workspace-size", "1G", "--boot-timeout", "2m")
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The first true value of the condition."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def run(*argv: object, **options: Any) -> str:
+    words = [str(word) for word in argv]
+    return subprocess.run(words, check=True, capture_output=True, text=True, **options).stdout
+
+
+# Images
+
+
+@pytest.fixture(scope="session")
+def tiny_image() -> Path:
+    return _image("tiny", "tiny-guest")
+
+
+@pytest.fixture(scope="session")
+def utility_image() -> Path:
+    return _image("utility", "debian-utility")
+
+
+@pytest.fixture(scope="session")
+def input_image() -> Path:
+    return _image("input", "debian-input")
+
+
+def _image(name: str, recipe: str) -> Path:
+    """What `make images` makes; made here when it is missing, by one worker of them all."""
+    image = IMAGES / f"{name}.qcow2"
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    with (IMAGES / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not image.exists():
+            run(REPOSITORY / "examples" / recipe / "make-image", image)
+    return image
+
+
+@pytest.fixture
+def tiny_raw(tiny_image: Path, tmp_path: Path) -> Path:
+    """A raw copy of the tiny image, to be changed or packed by the test."""
+    return raw_copy(tiny_image, tmp_path / "tiny.raw")
+
+
+def raw_copy(image: Path, copy: Path) -> Path:
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, copy)
+    return copy
+
+
+def change_root(disk: Path, *debugfs_commands: str) -> None:
+    """Change the root file system of a raw copy of an example image."""
+    script = "\n".join(debugfs_commands) + "\n"
+    run("debugfs", "-w", "-f", "-", f"{disk}?offset={ROOT_OFFSET}", input=script)
+
+
+def replace_in_root(disk: Path, path: str, text: str, scratch: Path) -> None:
+    """Put an executable file with this text into the root file system."""
+    source = scratch / "replacement"
+    source.write_text(text)
+    mode = "set_inode_field {} mode 0100755"
+    change_root(disk, f"rm {path}", f"write {source} {path}", mode.format(path))
+
+
+@contextmanager
+def mounted_tmpfs(directory: Path, size: str) -> Iterator[Path]:
+    """A small file system of its own, for what happens when a disk is full."""
+    directory.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
+    if subprocess.run(argv, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        yield directory
+    finally:
+        run("umount", directory)
+
+
+# Builds
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a user sees of a build that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+    output: Path
+
+    @property
+    def last_line(self) -> str:
+        return self.stderr.rstrip("\n").rpartition("\n")[2]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        manifest: dict[str, Any] = json.loads((self.output / "manifest.json").read_text())
+        return manifest
+
+    def log(self, name: str) -> str:
+        return (self.output / "logs" / name).read_text(errors="replace")
+
+    def succeeded(self) -> Built:
+        assert self.status == 0, self.stderr
+        assert self.manifest["outcome"] == "built"
+        return self
+
+    def failed(self, message: str, *, status: int = 1) -> Built:
+        """The message is a regular expression; the manifest must tell the same story."""
+        label = {1: "build failed", 3: "builder fault"}[status]
+        assert self.status == status, self.stderr
+        assert re.match(f"{label}: .*{message}", self.last_line), self.stderr
+        assert (self.manifest["outcome"], self.manifest["outputs"]) == (label, [])
+        assert f"{label}: {self.manifest['reason']}" == self.last_line
+        return self
+
+
+class RunningBuild:
+    """`koji-indirection build`, started."""
+
+    def __init__(self, argv: Sequence[str], output: Path, scratch: Path) -> None:
+        self.output = output
+        self._stdout, self._stderr = scratch / "stdout", scratch / "stderr"
+        with self._stdout.open("w") as stdout, self._stderr.open("w") as stderr:
+            self.process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            )
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text(errors="replace")
+
+    def wait_for(self, pattern: str, seconds: float = 180) -> None:
+        """Until a line on standard error matches."""
+
+        def seen() -> bool:
+            if re.search(pattern, self.stderr, re.MULTILINE):
+                return True
+            assert self.process.poll() is None, f"ended before {pattern!r}:\n{self.stderr}"
+            return False
+
+        wait_until(seen, seconds, f"{pattern!r} on standard error")
+
+    def wait_for_phase(self, phase: str) -> None:
+        self.wait_for(rf"^\[ *\d+:\d\d\] {phase}$")
+
+    def interrupt(self) -> None:
+        """As a terminal's Ctrl-C does, for the whole process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def finish(self, seconds: float = 240) -> Built:
+        status = self.process.wait(seconds)
+        return Built(status, self._stdout.read_text(), self.stderr, self.output)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Builder:
+    """Runs builds below the test's own directory, and knows what they may leave behind."""
+
+    def __init__(self, directory: Path, default_image: Path) -> None:
+        self.work = directory / "work"
+        self.directory = directory
+        self._default_image = default_image
+        self._started: list[RunningBuild] = []
+
+    def start(
+        self,
+        commands: Commands,
+        *options: object,
+        input_image: Path | None = None,
+        utility_image: Path | None = None,
+        output: Path | None = None,
+    ) -> RunningBuild:
+        """Start a build; without images the tiny one is both input and utility."""
+        scratch = self.directory / f"build-{len(self._started) + 1}"
+        scratch.mkdir()
+        argv: list[object] = [COMMAND, "build", "--template", _template(commands, scratch)]
+        argv += ["--input-image", input_image or self._default_image]
+        if utility_image is not None:
+            argv += ["--utility-image", utility_image]
+        output = output or scratch / "out"
+        argv += ["--output", output, "--work-dir", self.work, *SMALL, *options]
+        running = RunningBuild([str(word) for word in argv], output, scratch)
+        self._started.append(running)
+        return running
+
+    def __call__(self, commands: Commands, *options: object, **more: Any) -> Built:
+        """Run a build to its end."""
+        return self.start(commands, *options, **more).finish()
+
+    def processes(self) -> dict[int, str]:
+        """Every process whose command line names the work directory, but the command itself."""
+        own = {running.process.pid for running in self._started}
+        return {
+            pid: command
+            for pid, command in _command_lines()
+            if str(self.work) in command and pid not in own
+        }
+
+    def qemu(self) -> int | None:
+        """The process of the utility VM."""
+        return next(
+            (
+                pid
+                for pid, command in self.processes().items()
+                if "qemu" in command.split()[0]
+                and "koji-indirection-" in command
+                and "guest=koji-indirection" in command
+            ),
+            None,
+        )
+
+    def leftovers(self) -> list[str]:
+        """What is there and must not be, once every build has ended."""
+        found = [f"process {pid}: {command[:200]}" for pid, command in self.processes().items()]
+        if self.work.exists():
+            found += [str(path) for path in self.work.iterdir()]
+        for running in self._started:
+            found += _strangers_in(running.output)
+        return found
+
+    def stop_all(self) -> None:
+        for running in self._started:
+            if running.process.poll() is None:
+                running.kill()
+
+
+def _template(commands: Commands, scratch: Path) -> Path:
+    if isinstance(commands, Path):
+        return commands
+    path = scratch / "template.tdl"
+    elements = (E.command(text, name=name) for name, text in commands)
+    path.write_bytes(etree.tostring(E.template(E.commands(*elements))))
+    return path
+
+
+def _command_lines() -> Iterator[tuple[int, str]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue  # it has ended
+            yield int(entry.name), b" ".join(words).decode(errors="replace")
+
+
+def _strangers_in(output: Path) -> Iterable[str]:
+    """Files in an output directory that no manifest names."""
+    manifest = {"outputs": [], "logs": []}
+    if (output / "manifest.json").exists():
+        manifest = json.loads((output / "manifest.json").read_text())
+        logs = {*manifest["logs"]}
+    else:  # killed before it could write one
+        logs = {"build.log", "job.log", "console.log", "screenshot.png"}
+    expected = {"logs", "manifest.json", *(entry["name"] for entry in manifest["outputs"])}
+    for directory, names in ((output, expected), (output / "logs", logs)):
+        if directory.exists():
+            yield from (str(path) for path in directory.iterdir() if path.name not in names)
+
+
+def _run_directories() -> set[Path]:
+    """Socket directories of builds that no running process names."""
+    commands = " ".join(command for _, command in _command_lines())
+    return {path for path in Path("/tmp").glob("ki-*") if str(path) not in commands}
+
+
+@pytest.fixture(autouse=True)
+def build(tmp_path: Path, tiny_image: Path) -> Iterator[Builder]:
+    before = _run_directories()
+    builder = Builder(tmp_path, tiny_image)
+    try:
+        yield builder
+    finally:
+        builder.stop_all()
+
+    def leftovers() -> list[str]:
+        return builder.leftovers() + [str(path) for path in _run_directories() - before]
+
+    deadline = time.monotonic() + 3
+    while leftovers() and time.monotonic() < deadline:
+        time.sleep(0.2)  # a killed process may take a moment to vanish
+    left = leftovers()
+    shutil.rmtree(tmp_path, ignore_errors=True)  # images are large, and pytest keeps directories
+    assert not left, f"left behind: {left}"

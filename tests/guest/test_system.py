@@ -1,0 +1,102 @@
+"""qemu:///system: a private libvirtd, whose qemu runs as another user."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import RESULT, Builder, wait_until
+
+# Its own /etc/libvirt, state and sockets, in a mount namespace: nothing of the machine is touched.
+START = """
+set -e
+for place in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /run/libvirt; do
+    mkdir -p $place $1$place
+    chmod 755 $1$place
+    mount --bind $1$place $place
+done
+mount -t tmpfs tmpfs /run/lock || true
+exec libvirtd --config $1/libvirtd.conf --pid-file $1/pid
+"""
+LIBVIRTD_CONF = """
+unix_sock_dir = "{directory}/sock"
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+log_outputs = "2:file:{directory}/libvirtd.log"
+"""
+# Without cgroups, namespaces and virtlogd, as in a container; user and ownership as by default.
+QEMU_CONF = """
+cgroup_controllers = []
+namespaces = []
+security_driver = "none"
+stdio_handler = "file"
+"""
+
+
+@pytest.fixture
+def system_uri() -> Iterator[str]:
+    if shutil.which("libvirtd") is None:
+        pytest.skip("libvirtd is not installed")
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+        pytest.skip("a private mount namespace is not permitted here")
+    directory = Path(tempfile.mkdtemp(prefix="libvirtd-", dir="/tmp"))
+    directory.chmod(0o755)
+    qemu_conf = directory / "etc/libvirt/qemu.conf"
+    qemu_conf.parent.mkdir(parents=True)
+    qemu_conf.write_text(QEMU_CONF)
+    (directory / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(directory=directory))
+    socket = directory / "sock" / "libvirt-sock"
+    argv = ["unshare", "--mount", "sh", "-c", START, "sh", str(directory)]
+    with (directory / "output").open("wb") as output:
+        daemon = subprocess.Popen(argv, stdout=output, stderr=output)
+    try:
+        wait_until(socket.exists, 30, f"libvirtd's socket; see {directory}")
+        yield f"qemu:///system?socket={socket}"
+    finally:
+        daemon.terminate()
+        daemon.wait(30)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def open_work(build: Builder) -> Iterator[Path]:
+    """A work directory that the other user can reach, as /var/tmp is."""
+    with tempfile.TemporaryDirectory(prefix="ki-test-work-", dir="/var/tmp") as directory:
+        build.work = Path(directory)
+        build.work.chmod(0o755)
+        yield build.work
+        assert not list(build.work.iterdir())
+
+
+def test_a_build_through_libvirtd_copies_what_qemus_user_cannot_read_and_dies_with_the_command(
+    build: Builder, system_uri: str, open_work: Path, tiny_image: Path, tmp_path: Path
+) -> None:
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    image = Path(shutil.copy(tiny_image, private / "tiny.qcow2"))
+    image.chmod(0o600)
+    before = image.stat()
+    built = build(
+        [("make", f"mount /dev/vdb1 /mnt && {RESULT}")],
+        *("--connect", system_uri),
+        input_image=image,
+    ).succeeded()
+    assert built.manifest["host"]["libvirt_uri"] == "qemu:///system"
+    assert "cannot read" in built.stderr
+    after = image.stat()
+    assert (after.st_uid, after.st_mode, after.st_mtime) == (
+        before.st_uid,
+        before.st_mode,
+        before.st_mtime,
+    )
+
+    running = build.start([("hang", "sleep 3600")], "--connect", system_uri, input_image=image)
+    running.wait_for_phase("boot")
+    wait_until(build.qemu, 10, "the VM runs")
+    running.kill()
+    wait_until(lambda: not build.leftovers(), 10, "AUTODESTROY")
