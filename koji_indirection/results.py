@@ -134,12 +134,13 @@ def _find_all(
             name = posixpath.basename(guest_path)
             if not _NAME.fullmatch(name) or name in RESERVED_NAMES:
                 raise BuildFailed(
-                    f"the result {printable(guest_path, 200)!r} has a name that cannot be used",
+                    f"the result {_shown(guest_path)!r} has a name that cannot be used",
                     "use letters, digits and ._+~@=,- in names of results",
                 )
             if names.setdefault(name, guest_path) != guest_path:
                 raise BuildFailed(
-                    f"two results are called {name}: {names[name]} and {guest_path}",
+                    f"two results are called {name}:"
+                    f" {_shown(names[name])} and {_shown(guest_path)}",
                     "give results different names",
                 )
             found[guest_path] = size_bytes
@@ -151,7 +152,7 @@ def _find_all(
             if sum(found.values()) > limits.total_bytes:
                 raise BuildFailed(
                     f"the results are larger than the limit of {limits.total_bytes} bytes:"
-                    f" {guest_path} has {size_bytes}",
+                    f" {_shown(guest_path)} has {size_bytes}",
                     "--max-result-size allows more",
                 )
     return found
@@ -172,13 +173,14 @@ def _regular_file_size(appliance: Appliance, guest_path: str) -> int:
     status = appliance.call("lstatns", _resolve(appliance, guest_path))
     if not stat.S_ISREG(status["st_mode"]):
         raise BuildFailed(
-            f"the result {printable(guest_path, 200)} is {_kind(status['st_mode'])},"
-            " not a regular file",
+            f"the result {_shown(guest_path)} is {_kind(status['st_mode'])}, not a regular file",
             "a result must be a file; --results takes globs such as /results/images/*",
         )
     size_bytes = int(status["st_size"])
     if size_bytes == 0:
-        raise BuildFailed(f"the result {guest_path} is empty", "see logs/job.log for the reason")
+        raise BuildFailed(
+            f"the result {_shown(guest_path)} is empty", "see logs/job.log for the reason"
+        )
     return size_bytes
 
 
@@ -212,7 +214,7 @@ def _resolve(appliance: Appliance, guest_path: str) -> str:
     path = "/" + "/".join(resolved)
     if not appliance.call("exists", path):
         raise BuildFailed(
-            f"the result {printable(guest_path, 200)} is a symbolic link to a file"
+            f"the result {_shown(guest_path)} is a symbolic link to a file"
             " that does not exist in the workspace",
             "write the file itself",
         )
@@ -221,7 +223,7 @@ def _resolve(appliance: Appliance, guest_path: str) -> str:
 
 def _leads_out(guest_path: str, target: str) -> BuildFailed:
     return BuildFailed(
-        f"the result {printable(guest_path, 200)} is a symbolic link out of the workspace"
+        f"the result {_shown(guest_path)} is a symbolic link out of the workspace"
         f" (to {printable(target, 100)}), which is not followed",
         "write the file itself into the workspace",
     )
@@ -241,7 +243,7 @@ def _download(appliance: Appliance, guest_path: str, target: Path, size_bytes: i
     written = target.stat().st_size
     if written != size_bytes:
         raise BuildFailed(
-            f"the result {guest_path} has {written} bytes, not the {size_bytes}"
+            f"the result {_shown(guest_path)} has {written} bytes, not the {size_bytes}"
             " that its file system states",
             "the workspace's file system is damaged",
         )
@@ -259,7 +261,7 @@ def _check_iso(path: Path, guest_path: str) -> None:
     block_bytes = int.from_bytes(descriptor[128:130], "little")
     if blocks * block_bytes > path.stat().st_size:
         raise BuildFailed(
-            f"the result {guest_path} is truncated: its ISO volume has"
+            f"the result {_shown(guest_path)} is truncated: its ISO volume has"
             f" {blocks * block_bytes} bytes, the file {path.stat().st_size}",
             "the workspace was probably full: --workspace-size makes it larger",
         )
@@ -285,7 +287,7 @@ def _collect_log(appliance: Appliance, guest_path: str, output: Path, limit_byte
     path = _resolve(appliance, guest_path)
     status = appliance.call("lstatns", path)
     if not stat.S_ISREG(status["st_mode"]):
-        raise BuildFailed(f"{printable(guest_path, 200)} is {_kind(status['st_mode'])}")
+        raise BuildFailed(f"{_shown(guest_path)} is {_kind(status['st_mode'])}")
     target = _free_name(output, posixpath.basename(guest_path))
     size_bytes = int(status["st_size"])
     if size_bytes <= limit_bytes:
@@ -321,6 +323,10 @@ def _free_name(output: Path, name: str) -> Path:
         number += 1
         candidate = output / f"{stem}-{number}.log"
     return candidate
+
+
+def _shown(guest_path: str) -> str:
+    return printable(guest_path, 200)
 
 
 def _kind(mode: int) -> str:
