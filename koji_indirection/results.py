@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .appliance import Appliance, ApplianceError
-from .errors import BuilderFault, BuildFailed
+from .errors import BuilderFault, BuildFailed, IndirectionError
 from .guestlog import printable
 from .imagefile import sha256
 
@@ -92,13 +92,22 @@ def collect_logs(
     Returns the patterns that matched. A log longer than the limit loses its middle.
     """
     matched = set()
+
+    def warn(error: IndirectionError) -> None:
+        log.warning("log %s in the %s cannot be collected: %s", pattern, where, error.message)
+
     for pattern in patterns:
         try:
-            for guest_path in _expand(appliance, pattern):
+            guest_paths = _expand(appliance, pattern)
+        except ApplianceError as error:
+            warn(error)
+            continue
+        for guest_path in guest_paths:
+            try:
                 _collect_log(appliance, guest_path, output, limit_bytes)
                 matched.add(pattern)
-        except (ApplianceError, BuildFailed) as error:
-            log.warning("log %s in the %s cannot be collected: %s", pattern, where, error.message)
+            except (ApplianceError, BuildFailed) as error:
+                warn(error)
     return matched
 
 

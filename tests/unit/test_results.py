@@ -558,6 +558,13 @@ def test_what_is_no_log_is_a_warning_and_no_failure(
     assert "log /program.log in the workspace cannot be collected: " in caplog.text
 
 
+def test_one_bad_log_among_those_of_a_glob_does_not_hide_the_others(build: Build) -> None:
+    (build.workspace / "a.log").mkdir()
+    (build.workspace / "b.log").write_text("the real error")
+    build.collect_logs("/*.log")
+    assert build.log_names() == ["b.log"]
+
+
 # Mounting
 
 
