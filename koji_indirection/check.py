@@ -10,7 +10,7 @@ from . import imagefile, template
 from .config import Settings
 from .errors import IndirectionError, UsageError
 from .jobdir import job_directory
-from .spec import format_size
+from .units import format_size
 
 
 @dataclass(frozen=True)

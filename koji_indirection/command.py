@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn
 from . import __version__
 from .config import Settings, default_cache_dir, default_work_dir
 from .errors import IndirectionError, UsageError
-from .spec import DEFAULT_RESULT, BuildSpec, format_size, parse_duration, parse_size
+from .spec import DEFAULT_RESULT, BuildSpec
+from .units import format_size, parse_duration, parse_size
 
 if TYPE_CHECKING:
     from .manifest import Manifest

@@ -9,8 +9,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GIB = 1024**3
-MIB = 1024**2
+from .units import GIB, MIB
 
 
 def default_cache_dir() -> Path:

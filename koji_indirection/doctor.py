@@ -13,10 +13,11 @@ from pathlib import Path
 
 from . import accel, appliance, machine, programs
 from .appliance import Drive
-from .config import GIB, MIB, Settings
+from .config import Settings
 from .errors import IndirectionError
 from .jobdir import job_directory
-from .spec import BuildSpec, format_size
+from .spec import BuildSpec
+from .units import GIB, MIB, format_size
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 

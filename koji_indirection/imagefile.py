@@ -31,14 +31,14 @@ from typing import IO, Any
 
 from . import programs
 from .errors import BuilderFault, BuildFailed, UsageError
+from .units import MIB, format_size
 
 UTILITY_IMAGE = "utility image"
 INPUT_IMAGE = "input image"
 
-_MIB = 1024**2
-_CHUNK_BYTES = _MIB
+_CHUNK_BYTES = MIB
 _BLOCK_BYTES = 4096  # the grain of holes; the block size of every common file system
-_HEAD_BYTES = _MIB  # all that format detection sees: enough for every signature it knows
+_HEAD_BYTES = MIB  # all that format detection sees: enough for every signature it knows
 _SNAPSHOTS_MAX = 64
 _INFO_TIMEOUT_SECONDS = 60.0
 _CHECK_TIMEOUT_SECONDS = 600.0
@@ -242,11 +242,11 @@ def _write_sparse(chunks: Iterator[bytes], target: IO[bytes], what: str, limit_b
     size = 0
     for chunk in chunks:
         if size == 0 and chunk.startswith(_QCOW2_MAGIC):
-            allowed_bytes += limit_bytes // 16 + 64 * _MIB  # qcow2's own tables
+            allowed_bytes += limit_bytes // 16 + 64 * MIB  # qcow2's own tables
         if size + len(chunk) > allowed_bytes:
             raise BuildFailed(
-                f"{what} unpacks to more than the limit of {_size(limit_bytes)}",
-                "use a smaller image, or have the limit raised",
+                f"{what} unpacks to more than the limit of {format_size(limit_bytes)}",
+                "use a smaller image; --max-image-size raises the limit",
             )
         start = 0
         while start < len(chunk):
@@ -280,7 +280,7 @@ def _unxz(file: IO[bytes]) -> Iterator[bytes]:
 
     def new() -> lzma.LZMADecompressor:
         # xz -9 wants 65 MiB; a header may ask for 4 GiB.
-        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=256 * _MIB)
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=256 * MIB)
 
     decoder, inside = new(), False
     try:
@@ -552,7 +552,7 @@ def _refused_by_qemu(error: programs.ProgramFailed, what: str, image_format: str
     if error.returncode < 0:
         return BuildFailed(
             f"{what} cannot be examined with {_LIMITS.cpu_seconds} s of CPU time and "
-            f"{_size(_LIMITS.address_space_bytes)} of memory: "
+            f"{format_size(_LIMITS.address_space_bytes)} of memory: "
             f"qemu-img ended by {signal.Signals(-error.returncode).name}",
             "convert it: qemu-img convert -f qcow2 -O qcow2 OLD NEW",
         )
@@ -574,16 +574,7 @@ def _quoted(path: Path) -> str:
 
 def _too_large(what: str, size_bytes: int, limit_bytes: int) -> BuildFailed:
     return BuildFailed(
-        f"{what} is a disk of {_size(size_bytes)}, more than the limit of {_size(limit_bytes)}",
-        "use a smaller image, or have the limit raised",
-    )
-
-
-def _size(size_bytes: int) -> str:
-    if size_bytes < _MIB:
-        return f"{size_bytes:,} bytes"
-    return (
-        f"{size_bytes / 1024**3:,.1f} GiB"
-        if size_bytes >= 1024**3
-        else f"{size_bytes / _MIB:,.1f} MiB"
+        f"{what} is a disk of {format_size(size_bytes)}, more than the limit of"
+        f" {format_size(limit_bytes)}",
+        "use a smaller image; --max-image-size raises the limit",
     )

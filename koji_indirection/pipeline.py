@@ -44,8 +44,9 @@ from .imagefile import ImageFile
 from .jobdir import job_directory
 from .manifest import ImageRecord, Manifest, OutputRecord, Timeline
 from .output import LOGS
-from .spec import BuildSpec, format_size
+from .spec import BuildSpec
 from .template import Template, require_supported
+from .units import format_size
 from .watch import Deadlines, JobReport, Watch
 
 log = logging.getLogger(__name__)

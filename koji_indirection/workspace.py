@@ -23,15 +23,12 @@ from pathlib import Path
 from . import programs
 from .errors import BuilderFault, BuildFailed, UsageError
 from .programs import ProgramFailed
+from .units import GIB, KIB, MIB, format_size
 
 log = logging.getLogger(__name__)
 
 FILESYSTEMS = ("ext4", "ext2", "xfs")
 LABEL = "workspace"
-
-KIB = 1024
-MIB = 1024 * KIB
-GIB = 1024 * MIB
 
 SECTOR_BYTES = 512
 BLOCK_BYTES = 4096
@@ -209,7 +206,7 @@ def suggested_bytes(filesystem: str, input_size_bytes: int) -> int:
 def _check_fits(size_bytes: int, filesystem: str, input_size_bytes: int) -> None:
     if size_bytes > LARGEST_BYTES:
         raise BuildFailed(
-            f"a workspace of {_in_words(size_bytes)} is larger than the 2 TiB that its"
+            f"a workspace of {format_size(size_bytes)} is larger than the 2 TiB that its"
             " partition table can describe",
             "choose a smaller --workspace-size",
         )
@@ -217,8 +214,8 @@ def _check_fits(size_bytes: int, filesystem: str, input_size_bytes: int) -> None
     if input_size_bytes and not fits:
         suggestion = suggested_bytes(filesystem, input_size_bytes)
         raise BuildFailed(
-            f"the input image ({_in_words(input_size_bytes)}) does not fit into a workspace of"
-            f" {_in_words(size_bytes)}",
+            f"the input image ({format_size(input_size_bytes)}) does not fit into a workspace of"
+            f" {format_size(size_bytes)}",
             f"use --workspace-size {suggestion // GIB}G or more"
             if suggestion <= LARGEST_BYTES
             else "hand it to the guest as a device of its own; a workspace has at most 2 TiB",
@@ -226,20 +223,13 @@ def _check_fits(size_bytes: int, filesystem: str, input_size_bytes: int) -> None
     smallest = _SMALLEST_BYTES[filesystem]
     if size_bytes < smallest or not fits:
         raise BuildFailed(
-            f"a workspace of {_in_words(size_bytes)} is too small for {filesystem}",
+            f"a workspace of {format_size(size_bytes)} is too small for {filesystem}",
             f"use --workspace-size {smallest // MIB}M or more",
         )
 
 
 def _divide_up(number: int, by: int) -> int:
     return -(-number // by)
-
-
-def _in_words(size_bytes: int) -> str:
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if size_bytes >= unit:
-            return f"{f'{size_bytes / unit:.1f}'.removesuffix('.0')} {name}"
-    return f"{size_bytes} bytes"
 
 
 @contextmanager
@@ -266,7 +256,7 @@ def _full_disk_named(directory: Path) -> Iterator[None]:
         if not full:
             raise
         raise BuilderFault(
-            f"no space left for the workspace in {directory} ({_in_words(free)} free)",
+            f"no space left for the workspace in {directory} ({format_size(free)} free)",
             "make room there, or use another work directory",
         ) from error
 
@@ -585,7 +575,7 @@ def _xfs_extents(image: Path, source: _Input) -> list[tuple[int, int, int, int]]
     if "(extents)" not in said or group_blocks is None:
         # their list no longer fits into the inode: beyond some 150 GiB
         raise BuildFailed(
-            f"the input image ({_in_words(source.size_bytes)}) has too many extents for an xfs"
+            f"the input image ({format_size(source.size_bytes)}) has too many extents for an xfs"
             " workspace",
             "use an ext4 workspace",
         )

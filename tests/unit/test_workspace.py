@@ -14,7 +14,8 @@ import pytest
 
 from koji_indirection import workspace
 from koji_indirection.errors import BuilderFault, BuildFailed, UsageError
-from koji_indirection.workspace import GIB, MIB, Workspace
+from koji_indirection.units import GIB, MIB
+from koji_indirection.workspace import Workspace
 
 INPUT_SIZE = 48 * MIB
 
