@@ -70,7 +70,7 @@ def tcg_cpu_model(os_id: str, version_id: str) -> str:
     are compiled for x86-64-v2, RHEL 10 for v3, so they need more.
     """
     major = version_id.partition(".")[0]
-    if os_id in _RHEL_LIKE and major.isdigit() and int(major) >= 9:
+    if os_id in _RHEL_LIKE and major.isdecimal() and int(major) >= 9:
         return "Nehalem" if int(major) == 9 else "Haswell-noTSX"
     return "qemu64"
 
