@@ -216,7 +216,9 @@ def _permissive_selinux_config(appliance: Appliance) -> str | None:
     if not appliance.call("is_file", config):
         return None
     text = _text(appliance, config)
-    permissive = re.sub(r"(?m)^\s*SELINUX\s*=\s*enforcing\s*$", "SELINUX=permissive", text)
+    permissive = re.sub(
+        r"(?m)^[ \t]*SELINUX[ \t]*=[ \t]*(?i:enforcing)[ \t]*$", "SELINUX=permissive", text
+    )
     return permissive if permissive != text else None
 
 
