@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn
 from . import __version__
 from .config import Settings, default_cache_dir, default_work_dir
 from .errors import IndirectionError, UsageError
+from .manifest import FILE_NAME as MANIFEST
 from .spec import DEFAULT_RESULT, BuildSpec
 from .units import format_size, parse_duration, parse_size
 
 if TYPE_CHECKING:
     from .manifest import Manifest
+    from .pipeline import Order
 
 EXIT_INTERRUPTED = 130
 
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error.one_line(), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print("interrupted: the build was stopped and everything it used removed", file=sys.stderr)
+        print("interrupted: everything was stopped, and nothing but logs is left", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; do not complain about it a second time at exit.
@@ -351,16 +353,41 @@ def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from . import output, pipeline, template
+    from . import pipeline
     from .display import Display, log_shown_on
+
+    try:
+        order, settings = _order(options)
+    except IndirectionError as error:
+        if options.json:
+            print(json.dumps({"outcome": error.label, "reason": str(error)}), flush=True)
+        raise
+    try:
+        display = Display(sys.stderr, verbose=options.verbose, quiet=options.quiet)
+        with display, log_shown_on(display):
+            record = pipeline.build(order, settings, display)
+    finally:
+        manifest = order.output / MANIFEST
+        if options.json and manifest.exists():
+            print(manifest.read_text(encoding="utf-8"), end="", flush=True)
+    if not options.json and not options.quiet:
+        _print_summary(record, order.output)
+    return 0
+
+
+def _order(options: argparse.Namespace) -> tuple[Order, Settings]:
+    """What the options ask for; the output directory is made last, when all else is in order."""
+    from . import output, template
+    from .pipeline import Order
 
     spec = BuildSpec.from_dict(_given(options, BuildSpec))
     settings = Settings(**_given(options, Settings))
     parsed = template.load(options.template)
+    template.require_supported(parsed)
     for path in (options.utility_image, options.input_image):
         if path is not None and not path.exists():
             raise UsageError(f"there is no file {path}", "check the path")
-    order = pipeline.Order(
+    order = Order(
         spec=spec,
         template=parsed,
         template_name=options.template.name,
@@ -368,17 +395,7 @@ def _build(options: argparse.Namespace) -> int:
         utility_image=options.utility_image,
         output=output.prepare(options.output, force=options.force),
     )
-    try:
-        display = Display(sys.stderr, verbose=options.verbose, quiet=options.quiet)
-        with display, log_shown_on(display):
-            record = pipeline.build(order, settings, display)
-    finally:
-        manifest = order.output / "manifest.json"
-        if options.json and manifest.exists():
-            print(manifest.read_text(encoding="utf-8"), end="", flush=True)
-    if not options.json and not options.quiet:
-        _print_summary(record, order.output)
-    return 0
+    return order, settings
 
 
 def _print_summary(record: Manifest, output: Path) -> None:
@@ -388,7 +405,7 @@ def _print_summary(record: Manifest, output: Path) -> None:
         print(f"          {format_size(one.size_bytes)} ({one.size_bytes} bytes)")
         print(f"          sha256 {one.sha256}")
     print(f"logs      {output / 'logs'}")
-    print(f"manifest  {output / 'manifest.json'}")
+    print(f"manifest  {output / MANIFEST}")
     print()
     total = sum(phase["seconds"] for phase in record.timeline)
     for phase in record.timeline:

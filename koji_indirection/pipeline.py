@@ -45,7 +45,7 @@ from .jobdir import job_directory
 from .manifest import ImageRecord, Manifest, OutputRecord, Timeline
 from .output import LOGS
 from .spec import BuildSpec
-from .template import Template, require_supported
+from .template import Template
 from .units import format_size
 from .watch import Deadlines, JobReport, Watch
 
@@ -73,6 +73,7 @@ class Progress(Protocol):
 class Order:
     """What to build, from what, and where it goes.
 
+    template -- one that template.require_supported() lets pass.
     utility_image -- None: the input image is its own utility.
     output -- an existing directory, as output.prepare() makes it.
     """
@@ -158,7 +159,6 @@ class _Build:
         settings = self.settings
         if self.order.template.ignored:
             log.info("template: these have no effect: %s", ", ".join(self.order.template.ignored))
-        require_supported(self.order.template)
         with ExitStack() as stack:
             self.timeline.enter("vet")
             self.job = stack.enter_context(job_directory(settings.work_dir))
@@ -184,8 +184,8 @@ class _Build:
             failure = self._run_machine(system, self._disks(overlay, disk))
 
             self.timeline.enter("collect")
-            self._collect(overlay, disk, system, failure)
-            self._finish_inputs(checksums)
+            self._note_checksums(checksums)
+            self._collect(overlay, disk, system, failure or self._changed_input())
 
     def _note_host(self) -> None:
         self.record.accelerator = {"kind": self.accel.kind, "reason": self.accel.reason}
@@ -418,17 +418,21 @@ class _Build:
             limit_bytes=self.settings.max_log_bytes,
         )
 
-    def _finish_inputs(self, checksums: dict[ImageFile, Future[str]]) -> None:
-        """Put the checksums on record; refuse a result of inputs that changed meanwhile."""
+    def _note_checksums(self, checksums: dict[ImageFile, Future[str]]) -> None:
         for image, future in checksums.items():
-            if not imagefile.unchanged(image):
-                raise BuilderFault(
-                    f"{image.source} changed while it was used",
-                    "build from a file that nobody writes to",
-                )
             for entry in (self.record.utility_image, self.record.input_image):
                 if entry is not None and entry.path == str(image.source):
                     entry.sha256 = future.result()
+
+    def _changed_input(self) -> BuilderFault | None:
+        """Why the results cannot be trusted: somebody wrote to an image while it was used."""
+        for image in (self.utility, self.input):
+            if not imagefile.unchanged(image):
+                return BuilderFault(
+                    f"{image.source} changed while it was used",
+                    "build from a file that nobody writes to",
+                )
+        return None
 
 
 @contextlib.contextmanager
