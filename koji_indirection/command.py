@@ -7,6 +7,7 @@ errors need neither libvirt nor libguestfs.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
     options = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
         status: int = options.run(options)
         sys.stdout.flush()

@@ -1,0 +1,345 @@
+"""The local command, run as a user runs it: options, messages, exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from koji_indirection import command
+from koji_indirection.jobdir import python_environment
+
+TEMPLATE = '<template><commands><command name="one">true</command></commands></template>'
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        return self.err.splitlines()[-1] if self.err else ""
+
+
+def run(*argv: object, **env: str) -> Said:
+    done = subprocess.run(
+        [sys.executable, "-m", "koji_indirection.command", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        env={**python_environment(), "COLUMNS": "100", **env},
+        cwd="/",
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
+    """As run(), in this process: for the many cases that end before anything starts."""
+    handlers = {number: signal.getsignal(number) for number in command._SIGNALS}
+
+    def run_in_process(*argv: object) -> Said:
+        try:
+            status = command.main([str(word) for word in argv])
+        except SystemExit as end:  # argparse
+            status = int(str(end.code))
+        captured = capsys.readouterr()
+        return Said(status, captured.out, captured.err)
+
+    yield run_in_process
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    path = tmp_path / "tasks.tdl"
+    path.write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "input.qcow2"
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", str(path), "8M"], check=True, timeout=20
+    )
+    return path
+
+
+@pytest.fixture
+def bare_machine(tmp_path: Path) -> dict[str, str]:
+    """An environment in which libvirt, guestfs, rich and what needs a build are not there."""
+    directory = tmp_path / "blocked"
+    directory.mkdir()
+    for name in ("libvirt", "libvirtmod", "guestfs", "libguestfsmod", "rich", "oslo_utils"):
+        (directory / f"{name}.py").write_text(f"raise ImportError('no {name} on this machine')\n")
+    return {"PYTHONPATH": f"{directory}{os.pathsep}{python_environment()['PYTHONPATH']}"}
+
+
+def options_of(name: str) -> list[argparse.Action]:
+    parser = command._parser()
+    (commands,) = (
+        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    return list(commands.choices[name]._actions)
+
+
+# --help
+
+
+@pytest.mark.parametrize("name", ["build", "doctor", "check"])
+def test_help_lists_every_option_even_on_a_bare_machine(
+    name: str, bare_machine: dict[str, str]
+) -> None:
+    said = run(name, "--help", **bare_machine)
+    assert (said.status, said.err) == (0, "")
+    assert said.out.startswith(f"usage: koji-indirection {name}")
+    for action in options_of(name):
+        for option in action.option_strings:
+            assert action.help, f"{option} has no help"
+            assert f" {option}" in said.out.partition("]\n\n")[2], option
+
+
+def test_the_main_help_names_the_three_commands() -> None:
+    said = run("--help")
+    assert said.status == 0
+    for name in ("build", "doctor", "check"):
+        assert f"\n    {name} " in said.out
+
+
+def test_the_options_that_the_documentation_promises_are_there() -> None:
+    build = {option for action in options_of("build") for option in action.option_strings}
+    assert {
+        *("--utility-image", "--input-image", "--template", "--output", "--force"),
+        *("--results", "--collect-log", "--input-device", "--input-writable", "--accel"),
+        *("--connect", "--json", "-v", "--boot-timeout", "--job-timeout", "--command-timeout"),
+    } <= build
+    for name in ("doctor", "check"):
+        assert "--json" in {o for action in options_of(name) for o in action.option_strings}
+
+
+def test_the_version_is_printed() -> None:
+    said = run("--version")
+    assert said.status == 0
+    assert said.out.startswith("koji-indirection ")
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "COMMAND"),
+        (["brew"], "brew"),
+        (["build"], "--input-image"),
+        (["check"], "FILE"),
+        (["doctor", "--accel", "xen"], "--accel: invalid choice: 'xen'"),
+        (["doctor", "--no-such"], "unrecognized arguments: --no-such"),
+        (["check", "x", "--max-image-size", "30GB"], "--max-image-size: "),
+    ],
+)
+def test_a_wrong_command_line_exits_2_with_one_sentence(
+    run_here: Callable[..., Said], argv: list[str], sentence: str
+) -> None:
+    said = run_here(*argv)
+    assert (said.status, said.out) == (2, "")
+    assert said.last_line.startswith("koji-indirection")
+    assert ": error: " in said.last_line
+    assert sentence in said.last_line
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--cpus", "0"], "'0' is not a whole number above 0"),
+        (["--cpus", "-1"], "--cpus"),
+        (["--memory", "lots"], "--memory: "),
+        (["--boot-timeout", "soon"], "--boot-timeout: "),
+        (["--max-results", "x"], "'x' is not a whole number above 0"),
+        (["--input-device", "vdc", "--input-filename", "/i.raw"], "input_device"),
+        (["--input-writable"], "input_device"),
+        (["--input-device", "vdb"], "vdb"),
+        (["--workspace-fs", "ntfs"], "workspace_fs"),
+        (["--results", "relative"], "results"),
+        (["--cpus", "1000"], "cpus"),
+    ],
+)
+def test_a_wrong_value_exits_2_and_makes_no_output_directory(
+    run_here: Callable[..., Said],
+    tmp_path: Path,
+    template: Path,
+    image: Path,
+    argv: list[str],
+    sentence: str,
+) -> None:
+    output = tmp_path / "out"
+    said = run_here(
+        *("build", "--input-image", image, "--template", template, "--output", output), *argv
+    )
+    assert (said.status, said.out) == (2, "")
+    assert sentence in said.last_line
+    assert "error: " in said.last_line
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("missing", ["--input-image", "--utility-image", "--template"])
+def test_a_missing_file_is_said_and_makes_no_output_directory(
+    run_here: Callable[..., Said], tmp_path: Path, template: Path, image: Path, missing: str
+) -> None:
+    files = {"--input-image": image, "--utility-image": image, "--template": template}
+    files[missing] = tmp_path / "not-there"
+    argv = [word for pair in files.items() for word in pair]
+    said = run_here("build", *argv, "--output", tmp_path / "out")
+    assert said.status == 2
+    assert said.err.splitlines() == [said.last_line], "one sentence"
+    assert said.last_line.startswith("usage error: ")
+    assert f"{tmp_path}/not-there" in said.last_line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_directory_with_files_is_refused(
+    run_here: Callable[..., Said], tmp_path: Path, template: Path, image: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.txt").write_text("years of work")
+    said = run_here("build", "--input-image", image, "--template", template, "--output", output)
+    assert said.status == 2
+    assert said.err == (
+        f"usage error: the output directory {output} is not empty"
+        " (name a new directory, or use --force to replace an earlier build in it)\n"
+    )
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+
+
+def test_a_template_without_commands_fails_the_build_before_anything_is_made(
+    tmp_path: Path, image: Path
+) -> None:
+    template = tmp_path / "empty.tdl"
+    template.write_text("<template/>")
+    said = run("build", "--input-image", image, "--template", template, "--output", tmp_path / "o")
+    assert said.status == 1
+    assert said.last_line.startswith("build failed: ")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_build_that_fails_leaves_its_manifest_and_log(tmp_path: Path, template: Path) -> None:
+    text = tmp_path / "text.qcow2"
+    text.write_text("no disk image at all\n" * 100)
+    output, work = tmp_path / "out", tmp_path / "work"
+    said = run(
+        *("build", "--input-image", text, "--template", template, "--output", output),
+        *("--work-dir", work, "--cache-dir", tmp_path / "cache", "--accel", "tcg", "--json"),
+    )
+    assert said.status == 1
+    assert said.last_line.startswith("build failed: ")
+    record = json.loads(said.out)
+    assert record == json.loads((output / "manifest.json").read_text())
+    assert record["outcome"] == "build failed"
+    assert f"build failed: {record['reason']}" == said.last_line
+    assert record["logs"] == ["build.log"]
+    assert said.last_line in (output / "logs" / "build.log").read_text()
+    assert list(work.iterdir()) == []
+
+
+# check
+
+
+def checked(*argv: object, **env: str) -> tuple[int, list[dict[str, Any]]]:
+    said = run("check", "--json", *argv, **env)
+    findings = json.loads(said.out)
+    assert all(
+        set(one) == {"ok", "path", "kind", "message", "hint", "exit_status"} for one in findings
+    )
+    return said.status, findings
+
+
+def test_check_passes_good_files(tmp_path: Path, template: Path, image: Path) -> None:
+    said = run("check", "--work-dir", tmp_path / "work", template, image)
+    assert (said.status, said.err) == (0, "")
+    assert said.out.splitlines() == [
+        f"ok    {template}: template with 1 commands: one",
+        f"ok    {image}: qcow2 image, 8 MiB virtual",
+    ]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_check_says_what_is_wrong_with_each_file(
+    tmp_path: Path, template: Path, image: Path
+) -> None:
+    bomb = tmp_path / "bomb.tdl"
+    bomb.write_text('<!DOCTYPE t [<!ENTITY a "b">]><template>&a;</template>')
+    empty, text = tmp_path / "empty.raw", tmp_path / "text.qcow2"
+    empty.touch()
+    text.write_text("hello " * 1000)
+    backed = tmp_path / "backed.qcow2"
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", backed],
+        check=True,
+    )
+    status, findings = checked(template, bomb, empty, text, backed, image)
+    assert status == 1
+    assert [one["ok"] for one in findings] == [True, False, False, False, False, True]
+    assert [one["kind"] for one in findings] == ["template", "template", *["image"] * 4]
+    assert "backing file" in findings[4]["message"]
+    assert all(one["message"] for one in findings)
+
+
+def test_check_exits_2_for_a_file_that_is_not_there(tmp_path: Path) -> None:
+    said = run("check", tmp_path / "none.qcow2", tmp_path / "none.tdl")
+    assert said.status == 2
+    assert said.out.count("WRONG") == 2
+    assert "none.qcow2: there is no file " in said.out
+    assert "none.tdl does not exist" in said.out
+    assert said.last_line.endswith("2 of 2 files cannot be used")
+
+
+def test_check_honours_the_limit_of_the_virtual_size(image: Path) -> None:
+    assert checked("--max-image-size", "8M", image)[0] == 0
+    status, (finding,) = checked("--max-image-size", "7M", image)
+    assert status == 1
+    assert "limit" in finding["message"]
+
+
+def test_check_of_templates_needs_no_virtualization(
+    template: Path, bare_machine: dict[str, str]
+) -> None:
+    assert checked(template, **bare_machine)[0] == 0
+
+
+def test_a_file_name_that_is_no_utf8_is_no_traceback(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.tdl")
+    Path(path).write_text(TEMPLATE)
+    assert run("check", path, PYTHONIOENCODING="utf-8:strict").status == 0
+
+
+# doctor
+
+
+def test_doctor_says_what_a_bare_machine_lacks(
+    tmp_path: Path, bare_machine: dict[str, str]
+) -> None:
+    argv = ["--accel", "tcg", "--work-dir", tmp_path / "w", "--cache-dir", tmp_path / "c"]
+    said = run("doctor", "--json", *argv, **bare_machine)
+    assert said.status == 3
+    assert said.last_line.startswith("builder fault: this machine cannot build: ")
+    findings = {one["name"]: one for one in json.loads(said.out)}
+    assert findings["libvirt"]["verdict"] == "FAILED"
+    assert findings["libvirt"]["hint"] == "install python3-libvirt"
+    assert findings["libguestfs"]["verdict"] == "FAILED"
+    assert "python3-guestfs" in findings["libguestfs"]["message"] + findings["libguestfs"]["hint"]
+    assert findings["qemu-img"]["verdict"] == "ok"
+    assert {"acceleration", "work directory", "memory"} <= set(findings)
+    assert list((tmp_path / "w").iterdir()) == []
