@@ -247,6 +247,11 @@ class Watch:
                 "the host could not write the guest's disks: no space left in the work directory",
                 "free some space, or name another directory with --work-dir",
             )
+        if event == "failed":
+            raise BuilderFault(
+                f"the VM's qemu process died{self._during()}",
+                "see the kernel's log (dmesg) for a lack of memory",
+            )
         silent = time.monotonic() - self._last_heard
         if event == "crashed" or (
             self._panic is not None and (event is not None or silent > _SILENCE_AFTER_PANIC_SECONDS)
