@@ -13,6 +13,7 @@ import logging
 import os
 import posixpath
 import re
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _MAX_LINKS = 40  # as the kernel's own limit on symbolic links in a path
 _LISTED_NAMES = 20
+_FULL_BELOW_BYTES = 64 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+~@=,-]{0,199}")
 RESERVED_NAMES = ("logs", "manifest.json")
 
@@ -242,7 +244,9 @@ def _download(appliance: Appliance, guest_path: str, target: Path, size_bytes: i
     try:
         appliance.download(_resolve(appliance, guest_path), target, limit_bytes=size_bytes)
     except ApplianceError as error:
-        if os.strerror(errno.ENOSPC) in error.reason:
+        # libguestfs's own words for a full disk depend on who noticed it first.
+        full = shutil.disk_usage(target.parent).free < _FULL_BELOW_BYTES
+        if full or os.strerror(errno.ENOSPC) in error.reason:
             raise BuilderFault(
                 f"no space left in {target.parent} for the result {target.name}"
                 f" of {size_bytes} bytes",
