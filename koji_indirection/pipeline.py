@@ -283,6 +283,7 @@ class _Build:
             [drive], accel_kind=self.accel.kind, job_dir=self.job.path
         ) as running:
             self.record.versions["libguestfs"] = running.version()
+            guest.require_boot_code(running)
             system = guest.inject(
                 running,
                 self.order.template.commands,
