@@ -15,12 +15,12 @@ from .conftest import RESULT, Builder, wait_until
 # Its own /etc/libvirt, state and sockets, in a mount namespace: nothing of the machine is touched.
 START = """
 set -e
-for place in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /run/libvirt; do
+for place in /etc /run /var/lib /var/cache /var/log; do
+    place=$place/libvirt
     mkdir -p $place $1$place
     chmod 755 $1$place
     mount --bind $1$place $place
 done
-mount -t tmpfs tmpfs /run/lock || true
 exec libvirtd --config $1/libvirtd.conf --pid-file $1/pid
 """
 LIBVIRTD_CONF = """
@@ -48,6 +48,7 @@ def system_uri() -> Iterator[str]:
     directory.chmod(0o755)
     qemu_conf = directory / "etc/libvirt/qemu.conf"
     qemu_conf.parent.mkdir(parents=True)
+    (directory / "sock").mkdir()
     qemu_conf.write_text(QEMU_CONF)
     (directory / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(directory=directory))
     socket = directory / "sock" / "libvirt-sock"
