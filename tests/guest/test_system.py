@@ -27,7 +27,7 @@ LIBVIRTD_CONF = """
 unix_sock_dir = "{directory}/sock"
 auth_unix_ro = "none"
 auth_unix_rw = "none"
-log_outputs = "2:file:{directory}/libvirtd.log"
+log_outputs = "1:file:{directory}/libvirtd.log"
 """
 # Without cgroups, namespaces and virtlogd, as in a container; user and ownership as by default.
 QEMU_CONF = """
@@ -61,6 +61,7 @@ def system_uri() -> Iterator[str]:
     finally:
         daemon.terminate()
         daemon.wait(30)
+        shutil.copy(directory / "libvirtd.log", "/tmp/t1/libvirtd.log")
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -98,6 +99,6 @@ def test_a_build_through_libvirtd_copies_what_qemus_user_cannot_read_and_dies_wi
 
     running = build.start([("hang", "sleep 3600")], "--connect", system_uri, input_image=image)
     running.wait_for_phase("boot")
-    wait_until(build.qemu, 10, "the VM runs")
+    wait_until(build.qemu, 40, f"the VM runs: {running.stderr} {build.processes()}")
     running.kill()
     wait_until(lambda: not build.leftovers(), 10, "AUTODESTROY")
