@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from pathlib import Path
 from .errors import BuilderFault
 
 PREFIX = "koji-indirection-"
-_RUN_PARENT = Path("/tmp")  # noqa: S108 - short; mkdtemp below it
+_RUN_PARENT = Path("/tmp")  # noqa: S108 - short; a random name below it
 _DONE = b"done\n"
 
 
@@ -46,19 +46,18 @@ def job_directory(
     """Make the directories of one build, guard them, and remove them at the end.
 
     Both get mode 0711: libvirt may run qemu as another user, who must reach the
-    disks by their names and must not list them; mkdtemp's name is not guessable.
+    disks by their names and must not list them; the names cannot be guessed.
     also_removed -- directories that the build may make elsewhere, and remove itself
         unless it is killed.
     Raises BuilderFault when work_dir, or run_parent for the sockets, cannot be written.
     """
-    path = _new_directory(work_dir, PREFIX, "name another one with --work-dir")
-    try:
-        run = _new_directory(run_parent, "ki-", "it must be writable, for sockets")
-    except BuilderFault:
-        remove(path)
-        raise
+    path = _unused_name(work_dir, PREFIX)
+    run = _unused_name(run_parent, "ki-")
+    # Before there is anything to remove: no moment is left in which a signal leaves something.
     watchdog = _start_watchdog(path, run, *also_removed)
     try:
+        _make_directory(path, "name another one with --work-dir")
+        _make_directory(run, "it must be writable, for sockets")
         yield JobDirectory(path, run)
     finally:
         # The watchdog goes last: an interrupt in these lines leaves the rest to it.
@@ -71,16 +70,19 @@ def job_directory(
         watchdog.wait()
 
 
-def _new_directory(parent: Path, prefix: str, hint: str) -> Path:
+def _unused_name(parent: Path, prefix: str) -> Path:
+    return parent.absolute() / f"{prefix}{secrets.token_hex(6)}"
+
+
+def _make_directory(path: Path, hint: str) -> None:
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent)).resolve()
-        path.chmod(0o711)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+        path.chmod(0o711)  # whatever the umask is
     except OSError as error:
         raise BuilderFault(
-            f"the work directory {parent} cannot be written: {error.strerror}", hint
+            f"the work directory {path.parent} cannot be written: {error.strerror}", hint
         ) from error
-    return path
 
 
 def python_environment() -> dict[str, str]:

@@ -37,7 +37,7 @@ from . import (
 from .appliance import Appliance, Drive
 from .config import Settings
 from .domain import Disk, Domain, tcg_cpu_model
-from .errors import BuilderFault, BuildFailed, IndirectionError
+from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .guest import GuestSystem
 from .guestlog import BoundedLog
 from .imagefile import ImageFile
@@ -235,9 +235,10 @@ class _Build:
             image = utility or vetted(self.order.input_image, imagefile.UTILITY_IMAGE)
             utility, input_image = image, image
             if self.spec.input_device is not None:
-                log.warning(
-                    "the guest sees the same disk twice, with the same UUIDs and labels:"
-                    " it may mount the wrong one"
+                raise UsageError(
+                    f"{image.source} is the utility image and cannot be the input device too: the"
+                    " guest would see two disks with the same UUIDs, and mount either as its root",
+                    "hand it over as a file, or use another utility image",
                 )
         else:
             assert utility is not None

@@ -136,6 +136,12 @@ def test_a_guest_without_systemd_and_rc_local_is_refused(build: Builder, tiny_ra
     build([("never", "true")], input_image=tiny_raw).failed("has neither systemd nor an /etc/rc")
 
 
+def test_one_image_cannot_be_the_system_and_the_input_device(build: Builder) -> None:
+    built = build([("never", "true")], "--input-device", "vdc")
+    assert built.status == 2
+    assert "cannot be the input device too" in built.stderr.splitlines()[-1]
+
+
 # Results
 
 SHORT_ISO = f"""
