@@ -60,6 +60,7 @@ class Appliance:
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
         self._buffer = b""
+        self._dead = ""
 
     def call(
         self, method: str, *args: Any, timeout_seconds: float = CALL_TIMEOUT_SECONDS, **kwargs: Any
@@ -69,13 +70,15 @@ class Appliance:
         Raises ApplianceError with libguestfs's own words, or when the answer
         does not come in time.
         """
+        if self._dead:
+            raise ApplianceError(method, self._dead)
         assert self._child.stdin is not None
         request = json.dumps({"method": method, "args": args, "kwargs": kwargs})
         try:
             self._child.stdin.write(request.encode() + b"\n")
             self._child.stdin.flush()
         except BrokenPipeError:
-            raise ApplianceError(method, "its process has ended") from None
+            raise self._died(method, "its process has ended") from None
         started = time.monotonic()
         answer = json.loads(self._read_line(method, timeout_seconds))
         seconds = time.monotonic() - started
@@ -101,16 +104,22 @@ class Appliance:
             "download", source, str(target), timeout_seconds=timeout_seconds, limit=limit_bytes
         )
 
+    def _died(self, method: str, reason: str) -> ApplianceError:
+        """Kill what is left: a late answer must not be taken for that of the next call."""
+        self._dead = f"it died in an earlier call, {method}: {reason}"
+        _kill_group(self._child)
+        return ApplianceError(method, reason)
+
     def _read_line(self, method: str, timeout_seconds: float) -> bytes:
         assert self._child.stdout is not None
         deadline = time.monotonic() + timeout_seconds
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._child.stdout], [], [], left)[0]:
-                raise ApplianceError(method, f"no answer within {timeout_seconds:.0f} s")
+                raise self._died(method, f"no answer within {timeout_seconds:.0f} s")
             chunk = os.read(self._child.stdout.fileno(), 65536)
             if not chunk:
-                raise ApplianceError(method, "its process has ended")
+                raise self._died(method, "its process has ended")
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
@@ -146,9 +155,13 @@ def appliance(drives: Sequence[Drive], *, accel_kind: str, job_dir: Path) -> Ite
         # An orderly end: what was written must reach the disk image.
         running.call("shutdown")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        _kill_group(child)
         child.communicate()
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _guestfs_module() -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import imagefile, template
 from .config import Settings
-from .errors import IndirectionError, UsageError
+from .errors import IndirectionError
 from .jobdir import job_directory
 from .units import format_size
 
@@ -60,8 +60,6 @@ def _template(path: Path) -> str:
 
 
 def _image(path: Path, settings: Settings) -> str:
-    if not path.exists():
-        raise UsageError(f"there is no file {path}", "check the path")
     with job_directory(settings.work_dir) as job:
         image = imagefile.vet(
             path,

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Callable, NoReturn
+from typing import TYPE_CHECKING, Any, Callable
 
 from . import __version__
 from .config import Settings, default_cache_dir, default_work_dir
-from .errors import IndirectionError, UsageError
+from .errors import BuilderFault, IndirectionError, UsageError
 from .manifest import FILE_NAME as MANIFEST
 from .spec import DEFAULT_RESULT, BuildSpec
 from .units import format_size, parse_duration, parse_size
@@ -40,12 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 BuildFailed, 2 usage, 3 BuilderFault, 130 interrupted. The last
     line on standard error is the reason and a hint.
     """
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
-    options = _parser().parse_args(argv)
+    _catch_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
+        options = _parser().parse_args(argv)
         status: int = options.run(options)
         sys.stdout.flush()
         return status
@@ -61,13 +60,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; do not complain about it a second time at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:  # noqa: BLE001 - a fault of ours is one sentence too
+        kind = type(error).__name__
+        print(
+            BuilderFault(f"internal error, {kind}: {error}", "logs/build.log has more").one_line(),
+            file=sys.stderr,
+        )
+        return BuilderFault.exit_status
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Turn a signal into KeyboardInterrupt, once: cleaning up must not be interrupted."""
+_interrupted = False
+
+
+def _catch_signals() -> None:
     for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+        # nohup ignores SIGHUP, and means it. (SIGINT is ignored for every `command &` of a
+        # script, where it is still the way to stop a build.)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """Turn the first signal into KeyboardInterrupt: cleaning up must not be interrupted."""
+    global _interrupted
+    if not _interrupted:
+        _interrupted = True
+        raise KeyboardInterrupt
 
 
 # Options
@@ -218,7 +236,7 @@ def _add_build(commands: Any) -> None:
         type=_duration,
         dest="shutdown_timeout_seconds",
         metavar="TIME",
-        help="from the job's end (default: 1m, without KVM 3m)",
+        help="from the job's end (default: 2m, without KVM 5m)",
     )
 
     machine = parser.add_argument_group("this machine")
@@ -380,16 +398,16 @@ def _build(options: argparse.Namespace) -> int:
 
 def _order(options: argparse.Namespace) -> tuple[Order, Settings]:
     """What the options ask for; the output directory is made last, when all else is in order."""
-    from . import output, template
+    from . import imagefile, output, template
     from .pipeline import Order
 
     spec = BuildSpec.from_dict(_given(options, BuildSpec))
     settings = Settings(**_given(options, Settings))
     parsed = template.load(options.template)
     template.require_supported(parsed)
-    for path in (options.utility_image, options.input_image):
-        if path is not None and not path.exists():
-            raise UsageError(f"there is no file {path}", "check the path")
+    if options.utility_image is not None:
+        imagefile.require_file(options.utility_image, imagefile.UTILITY_IMAGE)
+    imagefile.require_file(options.input_image, imagefile.INPUT_IMAGE)
     order = Order(
         spec=spec,
         template=parsed,
@@ -436,7 +454,8 @@ def _doctor(options: argparse.Namespace) -> int:
     broken = [finding for finding in findings if finding.verdict == doctor.FAILED]
     if broken:
         names = ", ".join(finding.name for finding in broken)
-        print(f"builder fault: this machine cannot build: {names}", file=sys.stderr)
+        fault = BuilderFault(f"this machine cannot build: {names}", "see the lines marked FAILED")
+        print(fault.one_line(), file=sys.stderr)
         return 3
     return 0
 
@@ -455,7 +474,8 @@ def _check(options: argparse.Namespace) -> int:
     wrong = [finding for finding in findings if finding.exit_status]
     if wrong:
         print(
-            f"build failed: {len(wrong)} of {len(findings)} files cannot be used", file=sys.stderr
+            f"{len(wrong)} of {len(findings)} files cannot be used (see the lines above)",
+            file=sys.stderr,
         )
     return max((finding.exit_status for finding in wrong), default=0)
 

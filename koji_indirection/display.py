@@ -66,7 +66,10 @@ class Display:
                     self.line(f"  {text}")
 
     def line(self, text: str) -> None:
-        self._console.print(Text(text))
+        try:
+            self._console.print(Text(text))
+        except (OSError, SystemExit):  # rich exits when its reader has gone; a build goes on
+            self._console.quiet = True
 
     def _clock(self) -> str:
         seconds = int(time.monotonic() - self._build_started)

@@ -49,7 +49,6 @@ class Domain:
     cpu_model: str
     disks: Sequence[Disk]
     socket_dir: Path
-    arch: str = "x86_64"
 
     @property
     def console_socket(self) -> Path:
@@ -95,7 +94,7 @@ def domain_xml(domain: Domain) -> str:
         E.memory(str(domain.memory_bytes), unit="b"),
         E.vcpu(str(domain.cpus)),
         E.os(
-            E.type("hvm", arch=domain.arch, machine="q35"),
+            E.type("hvm", arch="x86_64", machine="q35"),
             E.boot(dev="hd"),
             # The firmware's and the boot loader's words reach the console log too.
             E.bios(useserial="yes"),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .appliance import Appliance, ApplianceError
 from .errors import BuildFailed
+from .guestlog import printable
 from .template import Command
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,12 @@ _MASKED_UNITS = (
     "initial-setup.service",
     "initial-setup-text.service",
     "initial-setup-graphical.service",
+    "cloud-init-local.service",
+    "cloud-init.service",
+    "cloud-config.service",
+    "cloud-final.service",
+    "kdump.service",  # builds an initramfs at the first boot
+    "snapd.seeded.service",
 )
 
 
@@ -76,7 +83,7 @@ def require_boot_code(appliance: Appliance) -> None:
 
 
 def inject(
-    appliance: Appliance, commands: Sequence[Command], *, workspace_device: str, tmp_dir: Path
+    appliance: Appliance, commands: Sequence[Command], *, workspace_partition: str, tmp_dir: Path
 ) -> GuestSystem:
     """Find the guest's root, and write the runner, the commands and what starts them.
 
@@ -90,7 +97,10 @@ def inject(
     archive = tmp_dir / "job.tar"
     archive.write_bytes(
         job_archive(
-            commands, workspace_device=workspace_device, init=init, selinux_config=selinux_config
+            commands,
+            workspace_partition=workspace_partition,
+            init=init,
+            selinux_config=selinux_config,
         )
     )
     if init == "rc.local" and appliance.call("exists", "/etc/rc.local"):
@@ -116,14 +126,14 @@ def inject(
 
 
 def job_archive(
-    commands: Sequence[Command], *, workspace_device: str, init: str, selinux_config: str | None
+    commands: Sequence[Command], *, workspace_partition: str, init: str, selinux_config: str | None
 ) -> bytes:
     """The tar archive, relative to the guest's root, of everything that the job needs there."""
     files: dict[str, tuple[str, int]] = {
         f"{_JOB}/run": (_job_file("run.sh"), 0o755),
         f"{_JOB}/settings": (
             f"STATUS_PORT={STATUS_PORT}\nLOG_PORT={LOG_PORT}\n"
-            f"WORKSPACE=/dev/{workspace_device}1\nSAMPLE_SECONDS={SAMPLE_SECONDS}\n",
+            f"WORKSPACE={workspace_partition}\nSAMPLE_SECONDS={SAMPLE_SECONDS}\n",
             0o644,
         ),
     }
@@ -179,13 +189,15 @@ def _mount_root(appliance: Appliance) -> str:
     only when the marks are not found (a /usr or /etc of its own).
     """
     file_systems: dict[str, str] = appliance.call("list_filesystems")
+    unreadable = []
     for device, kind in file_systems.items():
         if not kind.startswith(("ext", "xfs", "btrfs", "f2fs")):
             continue
         try:
             appliance.call("mount", device, "/")
         except ApplianceError as error:
-            log.debug("%s (%s) does not mount: %s", device, kind, error.reason)
+            unreadable.append(f"{device} does not mount: {printable(error.reason, 200)}")
+            log.debug("%s", unreadable[-1])
             continue
         if appliance.call("is_dir", "/etc", followsymlinks=True) and any(
             appliance.call("exists", path) or appliance.call("is_symlink", path)
@@ -197,12 +209,23 @@ def _mount_root(appliance: Appliance) -> str:
     if not roots:
         found = ", ".join(f"{device} ({kind})" for device, kind in file_systems.items())
         raise BuildFailed(
-            f"the utility image holds no operating system; file systems found: {found or 'none'}",
+            "; ".join(
+                [
+                    "the utility image holds no operating system",
+                    f"file systems found: {found or 'none'}",
+                    *unreadable,
+                ]
+            ),
             "use an image of a full, bootable system as utility image",
         )
     mountpoints: dict[str, str] = appliance.call("inspect_get_mountpoints", roots[0])
     for directory in sorted(mountpoints, key=len):
-        appliance.call("mount", mountpoints[directory], directory)
+        try:
+            appliance.call("mount", mountpoints[directory], directory)
+        except ApplianceError as error:
+            if directory in ("/", "/usr"):
+                raise
+            log.debug("%s does not mount: %s", directory, error.reason)
     return roots[0]
 
 
@@ -231,7 +254,7 @@ def _permissive_selinux_config(appliance: Appliance) -> str | None:
         return None
     text = _text(appliance, config)
     permissive = re.sub(
-        r"(?m)^[ \t]*SELINUX[ \t]*=[ \t]*(?i:enforcing)[ \t]*$", "SELINUX=permissive", text
+        r"(?m)^[ \t]*SELINUX[ \t]*=[ \t]*(?i:enforcing).*$", "SELINUX=permissive", text
     )
     return permissive if permissive != text else None
 

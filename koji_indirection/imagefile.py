@@ -7,6 +7,7 @@ never write to an image, hold one in memory, or leave a file outside work_dir.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gzip
 import hashlib
@@ -79,7 +80,8 @@ class ImageFile:
     format -- "raw" or "qcow2"; always passed to qemu, never guessed by it.
     virtual_size_bytes -- size of the disk that a guest sees; a multiple of 512.
     source -- what the user named; differs from `path` when it was unpacked.
-    identity -- st_dev, st_ino, st_size, st_mtime_ns when it was vetted; see unchanged().
+    identity -- st_dev, st_ino, st_size, st_mtime_ns of the source when it was vetted;
+        see unchanged().
     """
 
     path: Path
@@ -102,13 +104,14 @@ def vet(path: Path, *, max_virtual_size_bytes: int, work_dir: Path, role: str) -
     content is refused, BuilderFault when this machine cannot tell (a tool is
     missing, work_dir is full).
     """
-    source, compression = _regular_file(path, role)
+    source, compression = require_file(path, role)
     what = f"{role} {path}"
+    identity = _identity(source.stat())
     if compression is None:
-        return _vet_disk(source, source, what, max_virtual_size_bytes, role)
+        return _vet_disk(source, source, identity, what, max_virtual_size_bytes, role)
     unpacked = _unpack(source, compression, work_dir, what, max_virtual_size_bytes)
     try:
-        return _vet_disk(unpacked, source, what, max_virtual_size_bytes, role)
+        return _vet_disk(unpacked, source, identity, what, max_virtual_size_bytes, role)
     except BaseException:
         unpacked.unlink(missing_ok=True)
         raise
@@ -118,20 +121,19 @@ def create_overlay(base: ImageFile, path: Path) -> ImageFile:
     """Make a copy-on-write qcow2 over `base`, which stays as it is.
 
     Nothing is opened but the new file: size and format of the base are known
-    (-u), so this cannot follow what took the base's place in the meantime; the
-    result's `identity` is that of the fresh overlay and changes as it is written to.
+    (-u), so this cannot follow what took the base's place in the meantime.
     """
     path = path.absolute()
     argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2"]
     argv += ["-F", base.format, "-b", str(base.path), str(path), str(base.virtual_size_bytes)]
     programs.run(argv, timeout_seconds=_INFO_TIMEOUT_SECONDS)
-    return ImageFile(path, "qcow2", base.virtual_size_bytes, base.source, _identity(path.stat()))
+    return dataclasses.replace(base, path=path, format="qcow2")
 
 
 def unchanged(image: ImageFile) -> bool:
-    """Whether the file is still the one that was vetted, as far as stat can tell."""
+    """Whether the source is still the file that was vetted, as far as stat can tell."""
     try:
-        return _identity(image.path.stat()) == image.identity
+        return _identity(image.source.stat()) == image.identity
     except OSError:
         return False
 
@@ -160,8 +162,11 @@ def _identity(status: os.stat_result) -> Identity:
 # -- the file itself ---------------------------------------------------------
 
 
-def _regular_file(path: Path, role: str) -> tuple[Path, str | None]:
-    """The file's real path, and how it is compressed if it is."""
+def require_file(path: Path, role: str) -> tuple[Path, str | None]:
+    """The file's real path, and how it is compressed if it is.
+
+    Raises UsageError when there is no such readable file, BuildFailed when it is empty.
+    """
     what = f"{role} {path}"
     try:
         real = path.resolve(strict=True)
@@ -328,18 +333,20 @@ def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
 # -- the disk in it ----------------------------------------------------------
 
 
-def _vet_disk(path: Path, source: Path, what: str, limit_bytes: int, role: str) -> ImageFile:
+def _vet_disk(
+    path: Path, source: Path, identity: Identity, what: str, limit_bytes: int, role: str
+) -> ImageFile:
     """Everything after unpacking: cheap and harmless looks first, qemu-img last."""
     with path.open("rb") as file:
-        identity = _identity(os.fstat(file.fileno()))
+        size_bytes = os.fstat(file.fileno()).st_size
         head = file.read(_HEAD_BYTES)
-        file.seek(max(0, identity[2] - 512))
+        file.seek(max(0, size_bytes - 512))
         tail = file.read(512)
     is_qcow2 = head.startswith(_QCOW2_MAGIC)
     if is_qcow2:
         _vet_qcow2_header(head, what, limit_bytes)
-    elif identity[2] > limit_bytes:
-        raise _too_large(what, identity[2], limit_bytes)
+    elif size_bytes > limit_bytes:
+        raise _too_large(what, size_bytes, limit_bytes)
     _vet_format(head, tail, source, what)
     if not is_qcow2:
         _vet_raw(head, source, what, role)

@@ -25,6 +25,8 @@ from .errors import BuilderFault
 PREFIX = "koji-indirection-"
 _RUN_PARENT = Path("/tmp")  # noqa: S108 - short; a random name below it
 _DONE = b"done\n"
+# Besides qemu's own and the appliance: what the rooms run on files of the job directory.
+_PROGRAMS = (b"mke2fs", b"debugfs", b"mkfs.xfs", b"xfs_db", b"cp")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def job_directory(
         yield JobDirectory(path, run)
     finally:
         # The watchdog goes last: an interrupt in these lines leaves the rest to it.
+        kill_processes_of([path, run])
         remove(path)
         remove(run)
         assert watchdog.stdin is not None
@@ -101,7 +104,7 @@ def remove(path: Path) -> None:
 
 
 def kill_processes_of(directories: list[Path]) -> None:
-    """SIGKILL every qemu or libguestfs helper whose command line names one of the directories."""
+    """SIGKILL every program of a build whose command line names one of the directories."""
     needles = [os.fsencode(directory) for directory in directories]
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -110,8 +113,12 @@ def kill_processes_of(directories: list[Path]) -> None:
             arguments = (entry / "cmdline").read_bytes()
         except OSError:
             continue  # it ended while we looked
-        program = arguments.split(b"\0", 1)[0]
-        ours = b"qemu" in program or b"koji_indirection.appliance" in arguments
+        program = os.path.basename(arguments.split(b"\0", 1)[0])  # noqa: PTH119 - bytes
+        ours = (
+            program.startswith(b"qemu")
+            or program in _PROGRAMS
+            or b"koji_indirection.appliance" in arguments
+        )
         if ours and any(needle in arguments for needle in needles):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(int(entry.name), signal.SIGKILL)

@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from .domain import Domain, domain_xml
 from .errors import BuilderFault
 
 log = logging.getLogger(__name__)
+
+_PICTURE_LIMIT_BYTES = 64 * 1024 * 1024
 
 _EMBED_CONFIG = """\
 user = "root"
@@ -60,10 +62,18 @@ class Hypervisor:
     @property
     def versions(self) -> dict[str, str]:
         """The versions of libvirt and qemu, e.g. {"libvirt": "9.0.0", "qemu": "7.2.22"}."""
-        return {
-            "libvirt": _dotted(self.connection.getLibVersion()),
-            "qemu": _dotted(self.connection.getVersion()),
-        }
+        libvirt = _libvirt_module()
+        try:
+            # Without a cache, libvirt runs each qemu for some seconds to answer the second.
+            return {
+                "libvirt": _dotted(self.connection.getLibVersion()),
+                "qemu": _dotted(_Call(self.connection.getVersion).result("find qemu")),
+            }
+        except libvirt.libvirtError as error:
+            raise BuilderFault(
+                f"libvirt ({self.uri}) finds no qemu: {error.get_error_message()}",
+                "install qemu-system-x86 (Debian) or qemu-kvm (Fedora, RHEL)",
+            ) from error
 
 
 @contextlib.contextmanager
@@ -86,7 +96,7 @@ def connect(uri: str | None, *, run_dir: Path, cache_dir: Path) -> Iterator[Hype
         if candidate == "qemu:///embed":
             name = f"{candidate}?root={_embed_root(run_dir, cache_dir)}"
         try:
-            connection = libvirt.open(name)
+            connection = _Call(libvirt.open, name).result(f"open {candidate}")
             break
         except libvirt.libvirtError as error:
             reasons.append(f"{candidate}: {error.get_error_message()}")
@@ -131,13 +141,18 @@ class Machine:
         """Write the guest's screen to a PNG file; False when there is none to be had."""
         libvirt = _libvirt_module()
         picture = bytearray()
+
+        def receive(_stream: Any, data: bytes, _opaque: Any) -> int:
+            picture.extend(data)
+            return len(data) if len(picture) < _PICTURE_LIMIT_BYTES else -1
+
         stream = self._domain.connect().newStream()
         try:
-            mime_type = self._domain.screenshot(stream, 0)
-            stream.recvAll(lambda _stream, data, _opaque: picture.extend(data), None)
+            mime_type = _Call(self._domain.screenshot, stream, 0).result("take a screenshot", 10)
+            _Call(stream.recvAll, receive, None).result("send the screenshot", 20)
             stream.finish()
-        except libvirt.libvirtError as error:
-            log.warning("no screenshot: %s", error.get_error_message())
+        except (libvirt.libvirtError, BuilderFault) as error:
+            log.warning("no screenshot: %s", error)
             return False
         path.write_bytes(picture if mime_type == "image/png" else _ppm_to_png(bytes(picture)))
         return True
@@ -159,9 +174,10 @@ def start(hypervisor: Hypervisor, spec: Domain) -> Iterator[Machine]:
         flags |= libvirt.VIR_DOMAIN_START_AUTODESTROY
     callbacks: list[int] = []
     machine = None
+    creation = _Call(connection.createXML, domain_xml(spec), flags)
     try:
         try:
-            domain = connection.createXML(domain_xml(spec), flags)
+            domain = creation.result("start the VM", 300)
             callbacks = _subscribe(libvirt, connection, domain, events)
             machine = Machine(domain, spec, events)
             domain.resume()
@@ -173,6 +189,7 @@ def start(hypervisor: Hypervisor, spec: Domain) -> Iterator[Machine]:
         yield machine
     finally:
         # By name: an interrupt may have hit between the start and its answer.
+        creation.settle(2)
         with contextlib.suppress(libvirt.libvirtError):
             connection.lookupByName(spec.name).destroy()
         for callback in callbacks:
@@ -181,6 +198,41 @@ def start(hypervisor: Hypervisor, spec: Domain) -> Iterator[Machine]:
         if machine is not None:
             for stream in (machine.console, machine.status, machine.log):
                 stream.close()
+
+
+class _Call:
+    """A libvirt call in a thread of its own.
+
+    libvirt blocks in C, where no signal handler runs; the caller waits where
+    Ctrl-C reaches it.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._value: Any = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(function, arguments), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        try:
+            self._value = function(*arguments)
+        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+            self._error = error
+
+    def result(self, what: str, timeout_seconds: float = 60) -> Any:
+        """The call's value or exception; BuilderFault when it does not come in time."""
+        self.settle(timeout_seconds)
+        if self._thread.is_alive():
+            raise BuilderFault(
+                f"libvirt did not {what} within {timeout_seconds:.0f} s", "restart libvirtd"
+            )
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def settle(self, seconds: float) -> None:
+        """Wait until the call has come back, at most so long."""
+        self._thread.join(seconds)
 
 
 def _subscribe(

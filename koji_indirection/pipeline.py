@@ -54,7 +54,8 @@ log = logging.getLogger(__name__)
 # In seconds, when the spec names none. Under TCG a guest runs about ten times
 # slower, but most of a boot is waiting: a Debian takes 28 s there.
 BOOT_TIMEOUT_SECONDS = {"kvm": 300, "tcg": 1200}
-SHUTDOWN_TIMEOUT_SECONDS = {"kvm": 60, "tcg": 180}
+# systemd waits 90 s for what a command left behind.
+SHUTDOWN_TIMEOUT_SECONDS = {"kvm": 120, "tcg": 300}
 DEFAULT_CPUS_MAX = 4
 _OUTPUT_LINES_IN_ERRORS = 15
 _WORKSPACE_PARTITION = "/dev/sdb1"  # in the appliance that collects, behind the overlay
@@ -109,6 +110,8 @@ def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
             record.outcome = "built"
         except IndirectionError as error:
             record.outcome, record.reason = error.label, str(error)
+            if error.details:
+                log.error("%s", error.details)
             log.error("%s", error.one_line())
             raise
         except OSError as error:
@@ -295,7 +298,7 @@ class _Build:
             system = guest.inject(
                 running,
                 self.order.template.commands,
-                workspace_device=self.spec.workspace_device,
+                workspace_partition=self.spec.workspace_partition,
                 tmp_dir=self.job.path,
             )
         self.record.guest = {
@@ -420,7 +423,10 @@ class _Build:
             except BuildFailed as error:
                 log.warning("no logs from the %s: %s", where, error.message)
         for pattern in sorted(missing):
-            log.warning("log %s: there is no such file in workspace or root", pattern)
+            log.warning(
+                "log %s: there is no such file in the workspace or on the root file system",
+                pattern,
+            )
 
     def _collect_results(self, running: Appliance) -> None:
         limits = results.ResultLimits(self.settings.max_results, self.settings.max_result_bytes)

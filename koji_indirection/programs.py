@@ -67,19 +67,13 @@ def run(
     """Run a program to its end and return what it wrote to standard output.
 
     env -- added to the inherited environment, which is pinned to the C locale.
-    limits -- resource limits set in the child before it starts the program.
+    limits -- resource limits of the program.
 
     Raises ProgramFailed for a non-zero exit or a passed deadline, and
     BuilderFault when the program is not installed. The program runs in a
     session of its own, so that a terminal's Ctrl-C reaches it only through us;
     at the deadline, or when we are interrupted, its process group is killed.
     """
-
-    def set_limits() -> None:
-        if limits is not None:
-            resource.setrlimit(resource.RLIMIT_AS, (limits.address_space_bytes,) * 2)
-            resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_seconds,) * 2)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     log.debug("run: %s", shlex.join(argv))
     try:
@@ -90,13 +84,14 @@ def run(
             stderr=subprocess.PIPE,
             env={**os.environ, "LC_ALL": "C", **(env or {})},
             start_new_session=True,
-            preexec_fn=set_limits if limits is not None else None,
         )
     except FileNotFoundError as error:
         raise BuilderFault(
             f"{argv[0]} is not installed",
             "install it; `koji-indirection doctor` lists what is missing",
         ) from error
+    if limits is not None:
+        _set_limits(child.pid, limits)
     assert child.stderr is not None
     complaints = _Tail(child.stderr)
     child.stderr = None  # communicate() would keep all of it in memory
@@ -116,6 +111,14 @@ def run(
         raise ProgramFailed(argv, child.returncode, complaints.text(), timeout_seconds)
     complaints.text()
     return stdout.decode(errors="replace")
+
+
+def _set_limits(pid: int, limits: Limits) -> None:
+    # From outside: code between fork and exec is not safe in a process with threads.
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(pid, resource.RLIMIT_AS, (limits.address_space_bytes,) * 2)
+        resource.prlimit(pid, resource.RLIMIT_CPU, (limits.cpu_seconds,) * 2)
+        resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
 
 
 class _Tail:

@@ -31,6 +31,8 @@ _MAX_LINKS = 40  # as the kernel's own limit on symbolic links in a path
 _LISTED_NAMES = 20
 _FULL_BELOW_BYTES = 64 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+~@=,-]{0,199}")
+_LOGS_NUMBER = 200  # of all patterns together, and their size
+_LOGS_TOTAL_BYTES = 1024**3
 RESERVED_NAMES = ("logs", "manifest.json")
 PARTIAL = ".partial"  # in the output directory, while results are copied
 
@@ -70,6 +72,7 @@ def collect(
     """
     found = _find_all(appliance, patterns, limits)
     partial = output / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         results = []
@@ -95,7 +98,8 @@ def collect_logs(
     where -- "workspace" or "root": which file system is mounted at /, for the log.
     Returns the patterns that matched. A log longer than the limit loses its middle.
     """
-    matched = set()
+    matched: set[str] = set()
+    left_bytes, left_number = _LOGS_TOTAL_BYTES, _LOGS_NUMBER
 
     def warn(error: IndirectionError) -> None:
         log.warning("log %s in the %s cannot be collected: %s", pattern, where, error.message)
@@ -107,8 +111,17 @@ def collect_logs(
             warn(error)
             continue
         for guest_path in guest_paths:
+            if left_number <= 0 or left_bytes <= 0:
+                log.warning(
+                    "log %s: the rest is left out, %d files or %d bytes of logs are enough",
+                    pattern,
+                    _LOGS_NUMBER,
+                    _LOGS_TOTAL_BYTES,
+                )
+                return matched
             try:
-                _collect_log(appliance, guest_path, output, limit_bytes)
+                left_bytes -= _collect_log(appliance, guest_path, output, limit_bytes)
+                left_number -= 1
                 matched.add(pattern)
             except (ApplianceError, BuildFailed) as error:
                 warn(error)
@@ -306,7 +319,8 @@ def _what_is_there(appliance: Appliance, pattern: str) -> str:
     return f"{directory} holds {shown or 'nothing'}{more}"
 
 
-def _collect_log(appliance: Appliance, guest_path: str, output: Path, limit_bytes: int) -> None:
+def _collect_log(appliance: Appliance, guest_path: str, output: Path, limit_bytes: int) -> int:
+    """Copy one log; returns the bytes it takes."""
     path = _resolve(appliance, guest_path)
     status = appliance.call("lstatns", path)
     if not stat.S_ISREG(status["st_mode"]):
@@ -318,6 +332,7 @@ def _collect_log(appliance: Appliance, guest_path: str, output: Path, limit_byte
     else:
         _download_ends(appliance, path, target, size_bytes, limit_bytes)
     log.info("log %s: %d bytes", target.name, size_bytes)
+    return target.stat().st_size
 
 
 def _download_ends(

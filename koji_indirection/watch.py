@@ -34,6 +34,7 @@ _PANIC = re.compile(rb"(?:\[ *\d+\.\d+\] )?Kernel panic - not syncing: ?([^\r\n]
 _NOT_BOOTABLE = re.compile(rb"No bootable device|Boot failed: not a bootable disk")
 # A guest that lives sends a sample every five seconds, whatever its console says.
 _SILENCE_AFTER_PANIC_SECONDS = 12.0
+_SILENCE_OF_A_JOB_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,12 @@ class Watch:
                 "see logs/console.log and logs/screenshot.png; --boot-timeout allows more time",
             )
         if self._stage == "job":
+            if time.monotonic() - self._last_heard > _SILENCE_OF_A_JOB_SECONDS:
+                raise BuildFailed(
+                    f"the guest has said nothing at all for {_SILENCE_OF_A_JOB_SECONDS:.0f} s"
+                    f"{self._during()}",
+                    "it hangs, or something in it killed the job; see logs/screenshot.png",
+                )
             if age > self._deadlines.job:
                 raise BuildFailed(
                     f"the job did not end within its {self._deadlines.job:.0f} s{self._during()}",

@@ -11,7 +11,8 @@ JOB=/etc/koji-indirection
 
 # A guest that reboots must not run the job twice; the host calls a reboot a failure.
 [ -e "$JOB/started" ] && exit 0
-: >"$JOB/started"
+mount -o remount,rw / 2>/dev/null
+touch "$JOB/started" 2>/dev/null
 
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 HOME=/root USER=root LOGNAME=root TERM=dumb
@@ -63,16 +64,19 @@ done
 
 # With pvpanic the host learns of a kernel panic even when the console is silent.
 modprobe pvpanic 2>/dev/null
-modprobe pvpanic-pci 2>/dev/null
+modprobe pvpanic-mmio 2>/dev/null
 
 # A port can be opened only once, and many tools open /dev/stdout or /dev/stderr
 # again; so commands write to a pipe, and one `cat` carries it to the port.
-exec 3>"$status_port"
+command exec 3>"$status_port" || power_off
 pipe_dir=$(mktemp -d /run/koji-indirection.XXXXXX 2>/dev/null || mktemp -d)
 mkfifo "$pipe_dir/log"
 cat "$pipe_dir/log" >"$log_port" &
 pump=$!
 exec 4>"$pipe_dir/log"
+
+# A pump that dies must not take the runner with it.
+trap '' PIPE
 
 report() { printf '%s\n' "$1" >&3; }
 
@@ -87,12 +91,12 @@ seconds_since() {
     printf '%d.%02d' $((elapsed / 100)) $((elapsed % 100))
 }
 
-# Print the used bytes of the file system that df is asked about, 0 if there is none.
+# Print the used bytes of the file system at a directory, 0 if that cannot be told.
+# stat asks for them without opening the directory, as df does: a command may be unmounting it.
 used_bytes() {
-    df -Pk "$1" 2>/dev/null | {
-        read -r _
-        read -r _ _ used_kib _ || used_kib=0
-        echo "$((used_kib * 1024))"
+    stat -f -c '%b %f %S' "$1" 2>/dev/null | {
+        read -r blocks free block_bytes || blocks=0 free=0 block_bytes=0
+        echo "$(((blocks - free) * block_bytes))"
     }
 }
 
@@ -111,7 +115,7 @@ sample() {
     report "{\"event\":\"sample\",\"memory_bytes\":$(((total - available) * 1024)),\"root_bytes\":$(used_bytes /),\"workspace_bytes\":$workspace}"
 }
 
-# Commands run the way ssh ran them for Image Factory: by root's login shell.
+# Commands are run by root's login shell, as Image Factory's ssh did.
 command_shell=/bin/sh
 while IFS=: read -r account _ _ _ _ _ login_shell; do
     [ "$account" = root ] || continue
@@ -142,8 +146,8 @@ for command in "$JOB"/commands/*.cmd; do
     started=$(now)
     read -r first_line <"$command"
     case $first_line in
-    '#!'*) "$command" </dev/null >&4 2>&1 3>&- 4>&- ;;
-    *) "$command_shell" "$command" </dev/null >&4 2>&1 3>&- 4>&- ;;
+    '#!'*) (trap - PIPE && exec "$command") </dev/null >&4 2>&1 3>&- 4>&- ;;
+    *) (trap - PIPE && exec "$command_shell" "$command") </dev/null >&4 2>&1 3>&- 4>&- ;;
     esac
     status=$?
     took=$(seconds_since "$started")
@@ -152,15 +156,19 @@ for command in "$JOB"/commands/*.cmd; do
     [ "$status" -eq 0 ] || break
 done
 
-# Close the log; a daemon that a command left behind may hold it open, so do not wait for ever.
+# Close the log and write everything to the disks. A daemon that a command left behind may
+# hold the log open, a device that it left suspended may block sync: wait for neither for ever.
 exec 4>&-
+sync &
+syncing=$!
 tries=0
-while kill -0 "$pump" 2>/dev/null && [ "$tries" -lt 5 ]; do
+while sleep 1; do
     tries=$((tries + 1))
-    sleep 1
+    [ "$tries" -lt 5 ] && kill -0 "$pump" 2>/dev/null && continue
+    [ "$tries" -lt 120 ] && kill -0 "$syncing" 2>/dev/null && continue
+    break
 done
 
 sample
-sync
 report "{\"event\":\"job-ended\",\"status\":$status}"
 power_off

@@ -301,9 +301,9 @@ def test_check_exits_2_for_a_file_that_is_not_there(tmp_path: Path) -> None:
     said = run("check", tmp_path / "none.qcow2", tmp_path / "none.tdl")
     assert said.status == 2
     assert said.out.count("WRONG") == 2
-    assert "none.qcow2: there is no file " in said.out
+    assert "none.qcow2 does not exist" in said.out
     assert "none.tdl does not exist" in said.out
-    assert said.last_line.endswith("2 of 2 files cannot be used")
+    assert said.last_line == "2 of 2 files cannot be used (see the lines above)"
 
 
 def test_check_honours_the_limit_of_the_virtual_size(image: Path) -> None:
