@@ -73,5 +73,5 @@ $(IMAGES)/tiny.qcow2: $(wildcard examples/tiny-guest/*) $(RECIPES) | packages
 	examples/tiny-guest/make-image $@
 
 clean:
-	rm -rf $(VENV) .cache $(DEMO) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .cache $(DEMO) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,6 +34,7 @@ CACHE_NAME = "accel.json"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CACHE_VERSION = 1
 _START_SECONDS = 30.0  # for the child's interpreter on a busy host; not the guest's time
+_PROBE_SECONDS = 2.0  # hardware takes milliseconds
 _REAP_SECONDS = 1.0
 _READY = b"ready\n"  # the child's first line: the clock starts
 _USE_TCG = "use --accel tcg, which works everywhere but is about 10 times slower"
@@ -76,11 +77,6 @@ def choose(wanted: str, *, cache_dir: Path) -> Accel:
     return Accel("kvm", found.reason, forced=True)
 
 
-def probe(timeout_seconds: float = 2.0) -> Accel:
-    """Find out by trying, without the cache; takes timeout_seconds at most, and a little."""
-    return _unavailable() or _probe(timeout_seconds)[0]
-
-
 def _find(cache_dir: Path) -> Accel:
     unavailable = _unavailable()
     if unavailable:
@@ -89,7 +85,7 @@ def _find(cache_dir: Path) -> Accel:
     cached = _read_cache(cache_dir / CACHE_NAME, key)
     if cached:
         return cached
-    found, lasting = _probe(2.0)
+    found, lasting = _probe(_PROBE_SECONDS)
     if lasting and key:
         _write_cache(cache_dir / CACHE_NAME, key, found)
     return found

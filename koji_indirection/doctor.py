@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import time
@@ -25,6 +26,12 @@ _PROGRAMS = {
     "qemu-img": "install qemu-utils (Debian) or qemu-img (Fedora, RHEL)",
     "mke2fs": "install e2fsprogs",
     "debugfs": "install e2fsprogs",
+    "mkfs.xfs": "install xfsprogs; only --workspace-fs xfs needs it",
+}
+# Python modules that are imported where they are used: what for, and whether every build needs it.
+_MODULES = {
+    "oslo_utils.imageutils.format_inspector": ("install oslo.utils and cryptography", True),
+    "zstandard": ("install zstandard; only .zst images need it", False),
 }
 _LEAST_FREE_BYTES = 5 * GIB
 
@@ -54,6 +61,7 @@ def examine(settings: Settings) -> list[Finding]:
         _guarded("libvirt", lambda: _libvirt(settings)),
         _guarded("libguestfs", lambda: _libguestfs(settings, kind)),
         *(_guarded(name, partial(_program, name)) for name in _PROGRAMS),
+        *(_module(name) for name in _MODULES),
         _guarded("work directory", lambda: _space(settings.work_dir)),
         _memory(),
     ]
@@ -64,6 +72,8 @@ def _guarded(name: str, look: Callable[[], Finding]) -> Finding:
         return look()
     except IndirectionError as error:
         return Finding(name, FAILED, error.message, error.hint)
+    except OSError as error:
+        return Finding(name, FAILED, str(error), "see whether the file system is full or read-only")
 
 
 def _acceleration(settings: Settings) -> tuple[Finding, str]:
@@ -101,13 +111,24 @@ def _libguestfs(settings: Settings, accel_kind: str) -> Finding:
 
 
 def _program(name: str) -> Finding:
-    version_flag = "-V" if name in ("mke2fs", "debugfs") else "--version"
+    version_flag = "--version" if name == "qemu-img" else "-V"
     # e2fsprogs prints its version to standard error and qemu-img to standard output.
     path = shutil.which(name)
     if path is None:
-        return Finding(name, FAILED, f"{name} is not installed", _PROGRAMS[name])
+        verdict = WARNING if name == "mkfs.xfs" else FAILED
+        return Finding(name, verdict, f"{name} is not installed", _PROGRAMS[name])
     said = programs.run([name, version_flag], timeout_seconds=10).strip()
     return Finding(name, OK, said.splitlines()[0] if said else path)
+
+
+def _module(name: str) -> Finding:
+    hint, needed = _MODULES[name]
+    shown = name.partition(".")[0]
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return Finding(shown, FAILED if needed else WARNING, str(error), hint)
+    return Finding(shown, OK, "can be imported")
 
 
 def _space(work_dir: Path) -> Finding:

@@ -84,7 +84,7 @@ def test_a_child_that_hangs_is_killed_at_the_deadline(
     script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\necho ready\nexec sleep 60\n")
     script.chmod(0o755)
     monkeypatch.setattr(accel.sys, "executable", str(script))
-    found = accel.probe(0.2)
+    found, _ = accel._probe(0.2)
     assert found.kind == "tcg"
     assert found.reason == (
         f"guests hang on this host's {device}: 5,000,000 loops did not end within 0.2 s"

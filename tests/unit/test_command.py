@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from koji_indirection import command
+from koji_indirection import command, pipeline
+from koji_indirection.config import Settings
+from koji_indirection.errors import BuilderFault
 from koji_indirection.jobdir import python_environment
+from koji_indirection.spec import BuildSpec
+from koji_indirection.units import GIB
 
 TEMPLATE = '<template><commands><command name="one">true</command></commands></template>'
 
@@ -343,3 +348,68 @@ def test_doctor_says_what_a_bare_machine_lacks(
     assert findings["qemu-img"]["verdict"] == "ok"
     assert {"acceleration", "work directory", "memory"} <= set(findings)
     assert list((tmp_path / "w").iterdir()) == []
+
+
+OPTIONS = [
+    (["--results", "/a", "--results", "/b/*"], BuildSpec, {"results": ("/a", "/b/*")}),
+    (["--collect-log", "/a.log"], BuildSpec, {"collect_logs": ("/a.log",)}),
+    (["--input-filename", "/in.raw"], BuildSpec, {"input_filename": "/in.raw"}),
+    (
+        ["--input-device", "vdb", "--workspace-device", "vdc", "--input-writable"],
+        BuildSpec,
+        {"input_device": "vdb", "workspace_device": "vdc", "input_writable": True},
+    ),
+    (["--workspace-size", "40G"], BuildSpec, {"workspace_size_bytes": 40 * GIB}),
+    (["--workspace-fs", "xfs"], BuildSpec, {"workspace_fs": "xfs"}),
+    (["--cpus", "3"], BuildSpec, {"cpus": 3}),
+    (["--memory", "3G"], BuildSpec, {"memory_bytes": 3 * GIB}),
+    (["--boot-timeout", "7m"], BuildSpec, {"boot_timeout_seconds": 420}),
+    (["--job-timeout", "2h"], BuildSpec, {"job_timeout_seconds": 7200}),
+    (["--command-timeout", "90"], BuildSpec, {"command_timeout_seconds": 90}),
+    (["--shutdown-timeout", "9s"], BuildSpec, {"shutdown_timeout_seconds": 9}),
+    (["--connect", "test:///default"], Settings, {"connect": "test:///default"}),
+    (["--accel", "tcg"], Settings, {"accel": "tcg"}),
+    (["--work-dir", "/w"], Settings, {"work_dir": Path("/w")}),
+    (["--cache-dir", "/c"], Settings, {"cache_dir": Path("/c")}),
+    (["--max-image-size", "5G"], Settings, {"max_image_bytes": 5 * GIB}),
+    (["--max-results", "4"], Settings, {"max_results": 4}),
+    (["--max-result-size", "6G"], Settings, {"max_result_bytes": 6 * GIB}),
+    (["--max-log-size", "1M"], Settings, {"max_log_bytes": 1024**2}),
+]
+
+
+@pytest.mark.parametrize(("words", "kind", "fields"), OPTIONS, ids=lambda value: str(value)[:40])
+def test_every_option_reaches_the_build(
+    words: list[str],
+    kind: type,
+    fields: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    asked: list[Any] = []
+
+    def build(order: Any, settings: Settings, _progress: Any) -> None:
+        asked.extend([order.spec, settings])
+        raise BuilderFault("enough")
+
+    monkeypatch.setattr(pipeline, "build", build)
+    monkeypatch.setattr(command, "_catch_signals", lambda: None)  # they are pytest's here
+    template = tmp_path / "t.tdl"
+    template.write_text(TEMPLATE)
+    image = tmp_path / "i.raw"
+    image.write_bytes(b"x")
+    required = ["--template", template, "--input-image", image, "--output", tmp_path / "out"]
+    assert command.main(["build", *map(str, required), *words]) == 3
+    got = asked[0] if kind is BuildSpec else asked[1]
+    assert {name: getattr(got, name) for name in fields} == fields
+
+
+def test_every_option_of_build_is_tried_above() -> None:
+    shown = run("build", "--help").out
+    tried = {word for words, _, _ in OPTIONS for word in words if word.startswith("--")}
+    elsewhere = {"--help", "--input-image", "--utility-image", "--template", "--output", "--force"}
+    assert set(re.findall(r"--[a-z][a-z-]+", shown)) <= tried | elsewhere | {
+        "--verbose",
+        "--quiet",
+        "--json",
+    }
