@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import BuilderFault, UsageError
+from .jobdir import python_environment
 
 DEVICE = Path("/dev/kvm")
 LOOPS = 5_000_000  # milliseconds on hardware, 7 s where every ring-0 instruction is emulated
@@ -171,14 +172,12 @@ def _write_cache(path: Path, key: list[str | int], accel: Accel) -> None:
 
 def _probe(timeout_seconds: float, loops: int = LOOPS) -> tuple[Accel, bool]:
     """Run the probe in a child; also says whether the verdict lasts until the host reboots."""
-    package_root = str(Path(__file__).resolve().parent.parent)
-    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     child = subprocess.Popen(
         [sys.executable, "-m", __name__, str(loops)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": search_path},
+        env=python_environment(),
         start_new_session=True,
     )
     try:
