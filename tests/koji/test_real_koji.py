@@ -204,12 +204,20 @@ def test_a_hub_that_is_away_refuses_connections_and_a_running_task_survives_it(
     assert probed_koji.wait_task(task_id, 60)["state"] == koji.TASK_STATES["CLOSED"]
 
 
+def _wait_until_it_runs(koji: RealKoji, task_id: int) -> None:
+    """A task is OPEN before kojid forks for it."""
+    deadline = time.monotonic() + 30
+    while not koji.task_files(task_id):
+        assert time.monotonic() < deadline, "the task did not start to run"
+        time.sleep(0.1)
+
+
 def test_a_killed_builder_leaves_its_task_to_the_next_one(probed_koji: RealKoji) -> None:
     import koji
 
     session = probed_koji.admin_session()
-    task_id = session.harnessProbe(5)
-    probed_koji.wait_task_state(task_id, "OPEN")
+    task_id = session.harnessProbe(8)
+    _wait_until_it_runs(probed_koji, task_id)
     probed_koji.builder_kill()
     assert len(probed_koji.builder_pids()) == 1, "the task's process goes on as an orphan"
     probed_koji.builder_start(plugin_conf="[indirection]\n")
@@ -220,7 +228,7 @@ def test_a_killed_builder_leaves_its_task_to_the_next_one(probed_koji: RealKoji)
 def test_a_stopped_builder_leaves_no_process_and_is_not_ready(probed_koji: RealKoji) -> None:
     session = probed_koji.admin_session()
     task_id = session.harnessProbe(300)
-    probed_koji.wait_task_state(task_id, "OPEN")
+    _wait_until_it_runs(probed_koji, task_id)
     probed_koji.builder_stop()
     assert probed_koji.builder_pids() == []
     assert not session.getHost("builder.test")["ready"]
