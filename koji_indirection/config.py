@@ -97,7 +97,11 @@ def load_settings(paths: Iterable[Path], *, other_sections: Collection[str] = ()
     read = []
     for path in paths:
         try:
-            read += parser.read(path, encoding="utf-8")
+            with path.open(encoding="utf-8") as file:  # parser.read() passes over what it cannot
+                parser.read_file(file)
+            read.append(str(path))
+        except FileNotFoundError:
+            continue
         except configparser.Error as error:
             raise UsageError(
                 f"{path} is not an ini file: {' '.join(str(error).split())}",
