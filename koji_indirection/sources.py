@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from .config import Download
+from .config import Download, Settings
 from .errors import BuilderFault, BuildFailed, UsageError
 from .units import GIB, format_size
 
@@ -196,7 +196,7 @@ def _find_build(session: HubSession, reference: Reference, what: str) -> dict[st
             raise UsageError(f"{what}: there is no such build", _HOW_TO_REFER)
         if build["state"] != _COMPLETE:
             state, hint = _BUILD_STATES.get(build["state"], (f"is in state {build['state']}", ""))
-            raise BuildFailed(f"{what}: the build {build['nvr']} {state}", hint)
+            raise BuildFailed(f"{what}: the build {_shown(build['nvr'])} {state}", hint)
         return dict(build)
     package, tag = reference.package, reference.tag
     assert package is not None
@@ -222,7 +222,7 @@ def _resolve_build(
     role: str,
     what: str,
 ) -> Source:
-    what = what if reference.nvr else f"{what} ({build['nvr']})"
+    what = what if reference.nvr else f"{what} ({_shown(build['nvr'])})"
     archives = _ask(session, "listArchives", buildID=build["id"], type="image")
     if not archives:
         raise BuildFailed(
@@ -286,7 +286,7 @@ def _resolve_task(
         raise UsageError(f"{what}: there is no such task", _HOW_TO_REFER)
     if task["state"] != _CLOSED:
         state, hint = _TASK_STATES.get(task["state"], (f"is in state {task['state']}", ""))
-        raise BuildFailed(f"{what}: the task ({task['method']}) {state}", hint)
+        raise BuildFailed(f"{what}: the task ({_shown(task['method'])}) {state}", hint)
 
     candidates: list[_Candidate] = []
     # A task of several arches leaves its images with its children; one that can fail may have.
@@ -456,7 +456,8 @@ def _ask(session: HubSession, name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    words = " ".join(str(error).split())[:300] or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 def _relpath(parts: list[str], what: str) -> str:
@@ -501,7 +502,7 @@ def _checked(source: Source, what: str) -> Source:
 
 _WAIT_SECONDS = 0.2
 _ENTRY_NAME = re.compile(r"(md5|sha1|sha256)-[0-9a-f]+(-[0-9]+)?", re.ASCII)
-_PART_NAME = re.compile(rf"({_ENTRY_NAME.pattern})\.([0-9]+)\.part", re.ASCII)
+_PART_NAME = re.compile(rf"(?P<key>{_ENTRY_NAME.pattern})\.(?P<size>[0-9]+)\.part", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -528,6 +529,16 @@ class Cache:
     max_bytes: int = 50 * GIB
     keep_free_bytes: int = 2 * GIB
     verify: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings) -> Cache:
+        """The cache that a machine's settings describe."""
+        return cls(
+            settings.cache_dir / "images",
+            settings.max_cache_bytes,
+            settings.cache_keep_free_bytes,
+            settings.cache_verify,
+        )
 
 
 Fill = Callable[[IO[bytes]], None]
@@ -690,14 +701,12 @@ def _survey(directory: Path, own_key: str) -> tuple[list[_Entry], int, int]:
         match = _PART_NAME.fullmatch(name)
         try:
             status = path.lstat()
-            if match and (
-                match.group(1) == own_key or _is_free(directory / f"{match.group(1)}.lock")
-            ):
+            if match and (match["key"] == own_key or _is_free(directory / f"{match['key']}.lock")):
                 log.info("cache: sweeping %s, whose process is gone", name)
                 path.unlink()
             elif match:
-                reserved += int(match.group(3))
-                pending += max(0, int(match.group(3)) - status.st_blocks * 512)
+                reserved += int(match["size"])
+                pending += max(0, int(match["size"]) - status.st_blocks * 512)
             elif _ENTRY_NAME.fullmatch(name):
                 entries.append(
                     _Entry(_last_used(path), path, status.st_size, status.st_blocks * 512)
@@ -706,7 +715,7 @@ def _survey(directory: Path, own_key: str) -> tuple[list[_Entry], int, int]:
                 _remove_lock(path)
         except FileNotFoundError:
             # A fetch ended while we looked, most likely well.
-            reserved += int(match.group(3)) if match else 0
+            reserved += int(match["size"]) if match else 0
     return entries, reserved, pending
 
 
@@ -862,12 +871,12 @@ def _in_place(source: Source, topdir: Path | None) -> Path | None:
         return None
     path = source.file(topdir)
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size == source.size_bytes:
+            path.open("rb").close()
+            return path
     except OSError:
         return None
-    if stat.S_ISREG(status.st_mode) and status.st_size == source.size_bytes:
-        return path
     log.warning("%s: %s is not what the hub describes, not used", source, path)
     return None
 
@@ -1010,7 +1019,8 @@ class _Transfer:
                 )
             except requests.exceptions.SSLError as error:
                 raise BuilderFault(
-                    f"{self.source}: the server of {url} is not trusted: {_one_line(error)}",
+                    f"{self.source}: the server of {_shown(url)} is not trusted:"
+                    f" {_one_line(error)}",
                     "name its CA with ca_bundle in the configuration's [download]",
                 ) from error
             except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
@@ -1018,7 +1028,7 @@ class _Transfer:
             # An URL that is none, a CA file that is not there.
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
                 raise BuilderFault(
-                    f"{self.source} cannot be fetched from {url}: {_one_line(error)}",
+                    f"{self.source} cannot be fetched from {_shown(url)}: {_one_line(error)}",
                     "check topurl in Koji's configuration, and ca_bundle in ours",
                 ) from error
             target = self.http.get_redirect_target(response)
@@ -1053,14 +1063,13 @@ class _Transfer:
         elif status == 416:
             raise _WrongData(f"it has not even {self.received} bytes on the server")
         elif status in _TRY_AGAIN_STATUSES:
-            raise _Cut(f"the server answers {status} {response.reason or ''}".rstrip())
+            raise _Cut(f"the server answers {_status(response)}")
         elif status in (404, 410) and self.source.task_id is not None:
             raise BuildFailed(f"{self.source} was deleted or has expired", _EXPIRED_HINT)
         else:
             raise BuilderFault(
-                f"{self.source} cannot be fetched: the server answers {status}"
-                f" {response.reason or ''}".rstrip()
-                + f" to {response.url}",
+                f"{self.source} cannot be fetched: the server answers {_status(response)}"
+                f" to {_shown(response.url)}",
                 "check topurl in Koji's configuration, and the server",
             )
 
@@ -1086,6 +1095,10 @@ class _Transfer:
             self.report.update(self.received)
 
 
+def _status(response: Any) -> str:
+    return f"{response.status_code} {_plain(response.reason or '')}".rstrip()
+
+
 def _redirected(url: str, target: str) -> str:
     """Where a redirect leads. Raises BuilderFault when that is not HTTP."""
     with contextlib.suppress(ValueError):
@@ -1093,7 +1106,7 @@ def _redirected(url: str, target: str) -> str:
         if urllib.parse.urlsplit(joined).scheme in ("http", "https"):
             return joined
     raise BuilderFault(
-        f"{url} redirects to {target!r:.200}, which is no HTTP address",
+        f"{_shown(url)} redirects to {target!r:.200}, which is no HTTP address",
         "check topurl in Koji's configuration",
     )
 
