@@ -777,7 +777,8 @@ def test_a_server_that_ignores_ranges_is_read_from_the_start_again(
 def test_a_server_that_ignores_ranges_and_always_cuts_is_given_up(
     server: Server, cache: Cache
 ) -> None:
-    server.plan = [ignoring_range(cut_at(300_000))] * 50
+    # What comes a second time is nothing new, even if less came in between.
+    server.plan = [ignoring_range(cut_at(end)) for end in (300_000, 200_000) * 25]
     with pytest.raises(BuilderFault, match=r"a.raw of a-1-1 cannot be fetched from http"):
         get(server, make_source(server), cache)
     assert len(server.seen) == 2 + FAST.retries
@@ -1141,6 +1142,26 @@ def test_a_cached_file_of_the_right_size_is_read_again_only_on_request(
     assert len(server.seen) == 2
 
 
+def test_a_lock_file_that_was_removed_while_we_locked_it_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else two processes would hold "the" lock: one of the old file, one of a new one."""
+    path, real = tmp_path / "x.lock", sources.fcntl.flock
+    removed = []
+
+    def flock(lock: int, operation: int) -> None:
+        if not removed:
+            path.unlink()
+            removed.append(lock)
+        real(lock, operation)
+
+    monkeypatch.setattr(sources.fcntl, "flock", flock)
+    lock = sources._try_lock(path, sources.fcntl.LOCK_EX)
+    assert lock is not None
+    assert sources._try_lock(path, sources.fcntl.LOCK_SH) is None
+    os.close(lock)
+
+
 def test_using_an_image_does_not_touch_it(server: Server, cache: Cache) -> None:
     """The pipeline takes a changed mtime for a changed image."""
     source = make_source(server)
@@ -1149,6 +1170,16 @@ def test_using_an_image_does_not_touch_it(server: Server, cache: Cache) -> None:
     get(server, source, cache)
     after = (cache.directory / left(cache)[0]).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_an_image_counts_as_used_from_the_start_of_its_use(server: Server, cache: Cache) -> None:
+    """Whoever uses it may be killed, and then there is no end of its use."""
+    source = make_source(server)
+    get(server, source, cache)
+    lock = next(cache.directory.glob("sha256-*.lock"))
+    os.utime(lock, (1, 1))
+    with fetch(source, topurl=server.url, topdir=None, cache=cache):
+        assert lock.stat().st_mtime > 1
 
 
 def test_an_interrupted_fetch_leaves_nothing(server: Server, cache: Cache) -> None:
