@@ -16,13 +16,16 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 BUILDER_PACKAGES := python3 python3-venv python3-libvirt python3-guestfs \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system \
 	qemu-system-x86 qemu-utils e2fsprogs xfsprogs libguestfs-xfs linux-image-cloud-amd64
-EXAMPLE_PACKAGES := mmdebstrap fdisk grub-common grub-pc-bin busybox-static kmod cpio ovmf \
-	ca-certificates
+EXAMPLE_PACKAGES := mmdebstrap debian-archive-keyring ca-certificates fdisk uuid-runtime \
+	grub-common grub-pc-bin busybox-static kmod cpio ovmf
 TEST_PACKAGES := xz-utils gzip zstd git xorriso procps
 # What the hub, its database and kojid import and run; Koji itself is brought along.
 KOJI_PACKAGES := postgresql python3-psycopg2 python3-gssapi python3-rpm python3-dnf \
 	python3-libcomps python3-librepo python3-cheetah util-linux mount
 PACKAGES := $(BUILDER_PACKAGES) $(EXAMPLE_PACKAGES) $(TEST_PACKAGES)
+
+# Python that ruff does not find by its name.
+SCRIPTS := examples/boot-iso
 
 RECIPES := $(wildcard examples/debian-utility/*)
 
@@ -43,8 +46,8 @@ check: lint
 	$(BIN)/pytest tests/unit
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check . $(SCRIPTS)
+	$(BIN)/ruff format --check . $(SCRIPTS)
 	$(BIN)/mypy
 
 images: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2 $(IMAGES)/tiny.qcow2

@@ -33,6 +33,7 @@ setup(
     ],
     python_requires=">=3.9",
     install_requires=[
+        "cryptography",  # oslo.utils' format inspector imports it and does not say so
         "jsonschema",
         "lxml",
         "oslo.utils>=7.3",

@@ -48,6 +48,7 @@ class Display:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.guest_output(b"\n")  # a last line that did not end
         if self._live is not None:
             self._live.stop()
 
@@ -61,8 +62,8 @@ class Display:
             text = printable(re.split(rb"\r(?!$)", line)[-1], 500).rstrip()
             if text:
                 self._last_line = text
-            if self._verbose:
-                self.line(f"  {text}")
+                if self._verbose:
+                    self.line(f"  {text}")
 
     def line(self, text: str) -> None:
         self._console.print(Text(text))

@@ -13,6 +13,7 @@ from pathlib import Path
 from lxml import etree
 from lxml.builder import E
 
+from .errors import UsageError
 from .guest import LOG_PORT, STATUS_PORT
 
 # os-release IDs of systems built for x86-64-v2 and -v3, by major version (facts: RHEL 9, RHEL 10).
@@ -161,7 +162,13 @@ def _backing_store(backing: tuple[Path, str] | None) -> etree._Element:
 
 
 def _source(path: Path, own_file: bool) -> etree._Element:
-    element: etree._Element = E.source(file=str(path))
+    try:
+        element: etree._Element = E.source(file=str(path))
+    except ValueError as error:
+        raise UsageError(
+            f"libvirt cannot be told of the file {str(path)!r}: its name is not plain UTF-8",
+            "rename it, or name another --work-dir",
+        ) from error
     if not own_file:
         # The owner of the user's file stays as it is, even for the time of the build.
         element.append(E.seclabel(model="dac", relabel="no"))

@@ -61,6 +61,20 @@ class GuestSystem:
     selinux: bool
 
 
+def require_boot_code(appliance: Appliance) -> None:
+    """Raise BuildFailed when the first drive's boot sector holds no program.
+
+    The firmware runs the zeros of such a sector, if it is signed, and says
+    nothing more: that would last until the boot deadline.
+    """
+    code: str = appliance.call("pread_device", "/dev/sda", 440, 0)
+    if not code.strip("\0"):
+        raise BuildFailed(
+            "the utility image is not bootable: there is no boot loader in its first sector",
+            "use an image with a BIOS boot loader",
+        )
+
+
 def inject(
     appliance: Appliance, commands: Sequence[Command], *, workspace_device: str, tmp_dir: Path
 ) -> GuestSystem:

@@ -410,8 +410,8 @@ def _vet_format(head: bytes, tail: bytes, source: Path, what: str) -> None:
         from oslo_utils.imageutils import format_inspector
     except ImportError as error:
         raise BuilderFault(
-            "the Python module oslo_utils, which inspects images, is not installed (or below 7.3)",
-            "install oslo.utils (python3-oslo-utils)",
+            f"the Python module {error.name}, which inspects images, is not installed",
+            "install oslo.utils 7.3 or newer (python3-oslo-utils) and python3-cryptography",
         ) from error
     format_inspector.LOG.setLevel(logging.CRITICAL)  # our errors say it, once
 

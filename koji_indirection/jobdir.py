@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BuilderFault
 
 PREFIX = "koji-indirection-"
+_RUN_PARENT = Path("/tmp")  # noqa: S108 - short; mkdtemp below it
 _DONE = b"done\n"
 
 
@@ -39,25 +40,24 @@ class JobDirectory:
 
 
 @contextlib.contextmanager
-def job_directory(work_dir: Path, run_parent: Path = Path("/tmp")) -> Iterator[JobDirectory]:  # noqa: S108
+def job_directory(
+    work_dir: Path, run_parent: Path = _RUN_PARENT, *, also_removed: Sequence[Path] = ()
+) -> Iterator[JobDirectory]:
     """Make the directories of one build, guard them, and remove them at the end.
 
     Both get mode 0711: libvirt may run qemu as another user, who must reach the
     disks by their names and must not list them; mkdtemp's name is not guessable.
-    Raises BuilderFault when work_dir cannot be written.
+    also_removed -- directories that the build may make elsewhere, and remove itself
+        unless it is killed.
+    Raises BuilderFault when work_dir, or run_parent for the sockets, cannot be written.
     """
+    path = _new_directory(work_dir, PREFIX, "name another one with --work-dir")
     try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=work_dir)).resolve()
-    except OSError as error:
-        raise BuilderFault(
-            f"the work directory {work_dir} cannot be written: {error.strerror}",
-            "name another one with --work-dir",
-        ) from error
-    run = Path(tempfile.mkdtemp(prefix="ki-", dir=run_parent)).resolve()
-    path.chmod(0o711)
-    run.chmod(0o711)
-    watchdog = _start_watchdog(path, run)
+        run = _new_directory(run_parent, "ki-", "it must be writable, for sockets")
+    except BuilderFault:
+        remove(path)
+        raise
+    watchdog = _start_watchdog(path, run, *also_removed)
     try:
         yield JobDirectory(path, run)
     finally:
@@ -69,6 +69,18 @@ def job_directory(work_dir: Path, run_parent: Path = Path("/tmp")) -> Iterator[J
             watchdog.stdin.write(_DONE)
             watchdog.stdin.close()
         watchdog.wait()
+
+
+def _new_directory(parent: Path, prefix: str, hint: str) -> Path:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent)).resolve()
+        path.chmod(0o711)
+    except OSError as error:
+        raise BuilderFault(
+            f"the work directory {parent} cannot be written: {error.strerror}", hint
+        ) from error
+    return path
 
 
 def python_environment() -> dict[str, str]:

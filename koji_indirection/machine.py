@@ -108,8 +108,8 @@ class Machine:
     """A started utility VM and its three streams.
 
     console, status, log -- connected sockets to read from.
-    events -- what libvirt says of it: "stopped", "crashed", "rebooted", or "io-error"
-        when the host could not write one of the guest's disks.
+    events -- what libvirt says of it: "stopped", "crashed", "rebooted", "failed" when
+        qemu itself died, or "io-error" when the host could not write one of the guest's disks.
     """
 
     def __init__(self, domain: Any, spec: Domain, events: queue.SimpleQueue[str]) -> None:
@@ -188,7 +188,9 @@ def _subscribe(
 ) -> list[int]:
     def lifecycle(_connection: Any, _domain: Any, event: int, detail: int, _opaque: Any) -> None:
         if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
-            events.put("stopped")
+            # FAILED: qemu went away without saying that the guest had shut down.
+            failed = detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED
+            events.put("failed" if failed else "stopped")
         elif event == libvirt.VIR_DOMAIN_EVENT_CRASHED:
             events.put("crashed")
         elif (event, detail) == (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .errors import UsageError
 from .manifest import FILE_NAME
 
 LOGS = "logs"
+_PLAIN_NAME = re.compile(r"[^/\0.][^/\0]*")
 
 
 def prepare(output: Path, *, force: bool) -> Path:
@@ -50,8 +52,8 @@ def _remove_earlier_build(output: Path) -> None:
         earlier = json.loads((output / FILE_NAME).read_text(encoding="utf-8"))
         names = [entry["name"] for entry in earlier["outputs"]]
     except (OSError, ValueError, KeyError, TypeError):
-        names = []  # no build of ours, or one that died; its files are not known
+        return  # not ours to remove; what has a name of ours is overwritten
     for name in [*names, FILE_NAME]:
-        if isinstance(name, str) and name == os.path.basename(name):  # noqa: PTH119 - a plain name
+        if isinstance(name, str) and _PLAIN_NAME.fullmatch(name):
             (output / name).unlink(missing_ok=True)
     shutil.rmtree(output / LOGS, ignore_errors=True)

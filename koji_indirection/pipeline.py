@@ -57,6 +57,7 @@ BOOT_TIMEOUT_SECONDS = {"kvm": 300, "tcg": 1200}
 SHUTDOWN_TIMEOUT_SECONDS = {"kvm": 60, "tcg": 180}
 DEFAULT_CPUS_MAX = 4
 _OUTPUT_LINES_IN_ERRORS = 15
+_WORKSPACE_PARTITION = "/dev/sdb1"  # in the appliance that collects, behind the overlay
 
 
 class Progress(Protocol):
@@ -115,9 +116,13 @@ def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
             record.reason = str(fault)
             log.error("%s", fault.one_line())
             raise fault from error
-        except BaseException as error:
-            record.outcome, record.reason = "interrupted", f"interrupted ({type(error).__name__})"
+        except (KeyboardInterrupt, SystemExit):
+            record.outcome, record.reason = "interrupted", "the build was interrupted"
             log.error("%s", record.reason)
+            raise
+        except Exception as error:
+            record.reason = f"internal error, {type(error).__name__}: {error}"
+            log.exception("internal error")
             raise
         finally:
             timeline.end()
@@ -161,7 +166,9 @@ class _Build:
             log.info("template: these have no effect: %s", ", ".join(self.order.template.ignored))
         with ExitStack() as stack:
             self.timeline.enter("vet")
-            self.job = stack.enter_context(job_directory(settings.work_dir))
+            self.job = stack.enter_context(
+                job_directory(settings.work_dir, also_removed=[self.order.output / results.PARTIAL])
+            )
             self.accel = accel.choose(settings.accel, cache_dir=settings.cache_dir)
             self._note_host()
             self.utility, self.input = self._vet()
@@ -283,6 +290,7 @@ class _Build:
             [drive], accel_kind=self.accel.kind, job_dir=self.job.path
         ) as running:
             self.record.versions["libguestfs"] = running.version()
+            guest.require_boot_code(running)
             system = guest.inject(
                 running,
                 self.order.template.commands,
@@ -380,43 +388,49 @@ class _Build:
             with appliance.appliance(
                 drives, accel_kind=self.accel.kind, job_dir=self.job.path
             ) as running:
-                missing = self._collect_workspace(running, results_too=failure is None)
-                if missing:
-                    with results.mounted(running, system.root_device, what="root file system"):
-                        missing -= self._collect_logs(running, missing, where="root")
-                for pattern in sorted(missing):
-                    log.warning("log %s: there is no such file in workspace or root", pattern)
-        except IndirectionError as error:
+                self._collect_logs(running, system)
+                if failure is None:
+                    self._collect_results(running)
+        except (IndirectionError, OSError) as error:
             if failure is None:
                 raise
             log.warning("logs could not be collected: %s", error)
         if failure is not None:
             raise failure
 
-    def _collect_workspace(self, running: Appliance, *, results_too: bool) -> set[str]:
-        """Fetch from the workspace; returns the logs that are not there."""
+    def _collect_logs(self, running: Appliance, system: GuestSystem) -> None:
+        """Fetch the logs asked for, from the workspace or else from the guest's root."""
         missing = set(self.spec.collect_logs)
-        limits = results.ResultLimits(self.settings.max_results, self.settings.max_result_bytes)
-        with results.mounted(running, "/dev/sdb1", what="workspace"):
-            missing -= self._collect_logs(running, missing, where="workspace")
-            if results_too:
-                collected = results.collect(
-                    running, self.spec.results, output=self.order.output, limits=limits
-                )
-                self.record.outputs = [
-                    OutputRecord(one.path.name, one.guest_path, one.size_bytes, one.sha256)
-                    for one in collected
-                ]
-        return missing
+        for where, device in (
+            ("workspace", _WORKSPACE_PARTITION),
+            ("root file system", system.root_device),
+        ):
+            if not missing:
+                return
+            try:
+                with results.mounted(running, device, what=where):
+                    missing -= results.collect_logs(
+                        running,
+                        sorted(missing),
+                        where=where,
+                        output=self.logs,
+                        limit_bytes=self.settings.max_log_bytes,
+                    )
+            except BuildFailed as error:
+                log.warning("no logs from the %s: %s", where, error.message)
+        for pattern in sorted(missing):
+            log.warning("log %s: there is no such file in workspace or root", pattern)
 
-    def _collect_logs(self, running: Appliance, patterns: set[str], *, where: str) -> set[str]:
-        return results.collect_logs(
-            running,
-            sorted(patterns),
-            where=where,
-            output=self.logs,
-            limit_bytes=self.settings.max_log_bytes,
-        )
+    def _collect_results(self, running: Appliance) -> None:
+        limits = results.ResultLimits(self.settings.max_results, self.settings.max_result_bytes)
+        with results.mounted(running, _WORKSPACE_PARTITION, what="workspace"):
+            collected = results.collect(
+                running, self.spec.results, output=self.order.output, limits=limits
+            )
+        self.record.outputs = [
+            OutputRecord(one.path.name, one.guest_path, one.size_bytes, one.sha256)
+            for one in collected
+        ]
 
     def _note_checksums(self, checksums: dict[ImageFile, Future[str]]) -> None:
         for image, future in checksums.items():
@@ -458,7 +472,7 @@ class _QuietFileHandler(logging.FileHandler):
 def _build_log(path: Path) -> Iterator[None]:
     """Write what the library logs, debug messages included, into a file."""
     logger = logging.getLogger(__package__)
-    handler = _QuietFileHandler(path, encoding="utf-8")
+    handler = _QuietFileHandler(path, mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = logger.level
     logger.addHandler(handler)

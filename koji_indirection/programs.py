@@ -6,6 +6,7 @@ however it is left. A failure carries a command line that can be pasted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -71,7 +72,7 @@ def run(
     Raises ProgramFailed for a non-zero exit or a passed deadline, and
     BuilderFault when the program is not installed. The program runs in a
     session of its own, so that a terminal's Ctrl-C reaches it only through us;
-    whatever leaves this function, the whole session is killed first.
+    at the deadline, or when we are interrupted, its process group is killed.
     """
 
     def set_limits() -> None:
@@ -104,7 +105,8 @@ def run(
         stdout = child.communicate(data, timeout=timeout_seconds)[0]
     except subprocess.TimeoutExpired:
         _kill(child)
-        child.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.communicate(timeout=1)  # a daemon that it left behind may hold the pipe
         raise ProgramFailed(argv, None, complaints.text(), timeout_seconds) from None
     except BaseException:
         _kill(child)

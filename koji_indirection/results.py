@@ -13,6 +13,7 @@ import logging
 import os
 import posixpath
 import re
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ log = logging.getLogger(__name__)
 
 _MAX_LINKS = 40  # as the kernel's own limit on symbolic links in a path
 _LISTED_NAMES = 20
+_FULL_BELOW_BYTES = 64 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+~@=,-]{0,199}")
 RESERVED_NAMES = ("logs", "manifest.json")
+PARTIAL = ".partial"  # in the output directory, while results are copied
 
 # ECMA-119: sector 16 starts the volume descriptors; type 1 is the primary one.
 _ISO_DESCRIPTOR_OFFSET = 16 * 2048
@@ -66,21 +69,22 @@ def collect(
     for what the guest did wrong, BuilderFault when the host's disk is full.
     """
     found = _find_all(appliance, patterns, limits)
-    written: list[Path] = []
+    partial = output / PARTIAL
+    partial.mkdir()
     try:
         results = []
         for guest_path, size_bytes in found.items():
-            target = output / posixpath.basename(guest_path)
-            written.append(target)
-            _download(appliance, guest_path, target, size_bytes)
-            _check_iso(target, guest_path)
-            results.append(Result(target, guest_path, size_bytes, sha256(target)))
-            log.info("result %s: %d bytes, sha256 %s", target.name, size_bytes, results[-1].sha256)
-        return results
-    except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
+            name = posixpath.basename(guest_path)
+            copy = partial / name
+            _download(appliance, guest_path, copy, size_bytes)
+            _check_iso(copy, guest_path)
+            results.append(Result(output / name, guest_path, size_bytes, sha256(copy)))
+            log.info("result %s: %d bytes, sha256 %s", name, size_bytes, results[-1].sha256)
+        for result in results:
+            (partial / result.path.name).replace(result.path)
+    finally:
+        shutil.rmtree(partial)
+    return results
 
 
 def collect_logs(
@@ -99,7 +103,7 @@ def collect_logs(
     for pattern in patterns:
         try:
             guest_paths = _expand(appliance, pattern)
-        except ApplianceError as error:
+        except BuildFailed as error:
             warn(error)
             continue
         for guest_path in guest_paths:
@@ -108,6 +112,8 @@ def collect_logs(
                 matched.add(pattern)
             except (ApplianceError, BuildFailed) as error:
                 warn(error)
+            except OSError as error:
+                log.warning("log %s cannot be written: %s", pattern, error.strerror)
     return matched
 
 
@@ -170,7 +176,13 @@ def _find_all(
 def _expand(appliance: Appliance, pattern: str) -> list[str]:
     """The paths that a pattern matches; a path without wildcards matches itself, if it exists."""
     if any(character in pattern for character in "*?["):
-        return sorted(appliance.call("glob_expand", pattern, directoryslash=False))
+        try:
+            return sorted(appliance.call("glob_expand", pattern, directoryslash=False))
+        except ApplianceError as error:
+            raise BuildFailed(
+                f"the files that match {pattern} cannot be listed: {printable(error.reason, 200)}",
+                "give results names in UTF-8, and fewer than some ten thousand of them",
+            ) from error
     try:
         appliance.call("lstatns", pattern)
     except ApplianceError:
@@ -242,9 +254,11 @@ def _download(appliance: Appliance, guest_path: str, target: Path, size_bytes: i
     try:
         appliance.download(_resolve(appliance, guest_path), target, limit_bytes=size_bytes)
     except ApplianceError as error:
-        if os.strerror(errno.ENOSPC) in error.reason:
+        # libguestfs's own words for a full disk depend on who noticed it first.
+        full = shutil.disk_usage(target.parent).free < _FULL_BELOW_BYTES
+        if full or os.strerror(errno.ENOSPC) in error.reason:
             raise BuilderFault(
-                f"no space left in {target.parent} for the result {target.name}"
+                f"no space left in {target.parent.parent} for the result {target.name}"
                 f" of {size_bytes} bytes",
                 "free some space or name another directory with --output",
             ) from error

@@ -28,10 +28,12 @@ log = logging.getLogger(__name__)
 
 _LINE_LIMIT_BYTES = 4096
 _CONSOLE_LINES_IN_ERRORS = 20
+_LATE_EVENT_SECONDS = 1.0
 # At the start of a console line, behind the kernel's time stamp.
 _PANIC = re.compile(rb"(?:\[ *\d+\.\d+\] )?Kernel panic - not syncing: ?([^\r\n]*)")
 _NOT_BOOTABLE = re.compile(rb"No bootable device|Boot failed: not a bootable disk")
-_SILENCE_AFTER_PANIC_SECONDS = 3.0
+# A guest that lives sends a sample every five seconds, whatever its console says.
+_SILENCE_AFTER_PANIC_SECONDS = 12.0
 
 
 @dataclass(frozen=True)
@@ -230,13 +232,14 @@ class Watch:
     # What ends it
 
     def _look_at_events(self, gone: bool) -> None:
-        event = None
-        with contextlib.suppress(queue.Empty):
-            event = self._machine.events.get_nowait()
+        event = self._next_event(0.001)
+        if event is None and gone and not self._stopped and not self._machine.is_active():
+            # How it ended libvirt may say a moment later.
+            event = self._next_event(_LATE_EVENT_SECONDS) or "stopped"
         if event == "stopped":
             self._stopped, event = True, None
         # What the guest sent before it stopped is read first, to the end of every stream.
-        if gone and (self._stopped or not self._machine.is_active()):
+        if gone and self._stopped:
             event = event or "stopped"
         if self._stage == "shutdown":
             if event is not None:
@@ -246,6 +249,11 @@ class Watch:
             raise BuilderFault(
                 "the host could not write the guest's disks: no space left in the work directory",
                 "free some space, or name another directory with --work-dir",
+            )
+        if event == "failed":
+            raise BuilderFault(
+                f"the VM's qemu process died{self._during()}",
+                "see the kernel's log (dmesg) for a lack of memory",
             )
         silent = time.monotonic() - self._last_heard
         if event == "crashed" or (
@@ -262,6 +270,11 @@ class Watch:
                 "the utility image is not bootable: the firmware found no boot loader on it",
                 "use an image with a BIOS boot loader",
             )
+
+    def _next_event(self, timeout_seconds: float) -> str | None:
+        with contextlib.suppress(queue.Empty):
+            return self._machine.events.get(timeout=timeout_seconds)
+        return None
 
     def _early_end(self, what: str) -> IndirectionError:
         if self._stage == "boot":

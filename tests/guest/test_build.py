@@ -15,6 +15,27 @@ from .conftest import REPOSITORY, RESULT, Builder, change_root, raw_copy, run
 
 MIB = 1024 * 1024
 
+# A tiny guest has no udev, which makes /dev/stderr; test_debian.py uses that name.
+LOOK = """
+pwd
+readlink /proc/self/fd/0
+echo again > /proc/self/fd/2
+grep vdb /proc/mounts || echo nobody has mounted it
+"""
+WRITE = """
+printf changed | dd of=/mnt/input_image.raw conv=notrunc
+head -c 7 /mnt/input_image.raw
+echo
+"""
+MAKE = """
+set -e
+mkdir -p /mnt/out
+echo one > /mnt/out/a.raw
+echo two > /mnt/out/b.qcow2
+echo from the root > /root/tool.log
+echo from the workspace > /mnt/program.log
+"""
+
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -48,30 +69,27 @@ def test_a_build_hands_the_input_over_as_a_raw_file_and_returns_results_and_logs
     originals = {path: sha256(path) for path in (tiny_image, data_disk)}
     built = build(
         [
-            ("look around", "pwd; readlink /proc/self/fd/0; echo again > /dev/stderr; grep vdb /proc/mounts"
-             " || echo nobody has mounted it"),
+            ("look", LOOK),
             ("mount", "set -e; mount /dev/vdb1 /mnt; sha256sum </mnt/input_image.raw"),
-            ("write", "set -e; printf changed | dd of=/mnt/input_image.raw conv=notrunc\n"
-             "head -c 7 /mnt/input_image.raw; echo"),
-            ("make", "set -e; mkdir -p /mnt/out; echo one > /mnt/out/a.raw; echo two > /mnt/out/b.qcow2\n"
-             "echo from the root > /root/tool.log; echo from the workspace > /mnt/program.log"),
+            ("write", WRITE),
+            ("make", MAKE),
             ("leave a daemon", "sleep 3600 &\necho left it"),
         ],
         *("--results", "/out/*.raw", "--results", "/out/b.q*"),
         *("--collect-log", "/root/tool.log", "--collect-log", "/program.log"),
         input_image=data_disk,
         utility_image=tiny_image,
-    ).succeeded()  # fmt: skip
+    ).succeeded()
 
     raw = raw_copy(data_disk, tmp_path / "converted.raw")
     job_log = built.log("job.log")
     assert f"=== command 2 of 5: mount\n{sha256(raw)}  -\n=== exit status 0 after " in job_log
-    assert "look around\n/\n/dev/null\nagain\nnobody has mounted it\n=== exit" in job_log
+    assert "look\n/\n/dev/null\nagain\nnobody has mounted it\n=== exit" in job_log
     assert "\nchanged\n" in job_log
     assert job_log.count("\n=== exit status 0 after ") == 5
     assert built.log("tool.log") == "from the root\n"
     assert built.log("program.log") == "from the workspace\n"
-    assert "Linux version" in built.log("console.log") or built.log("console.log")
+    assert built.log("console.log").strip()
 
     assert {path: sha256(path) for path in originals} == originals
     assert (built.output / "a.raw").read_text() == "one\n"

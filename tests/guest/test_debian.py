@@ -10,6 +10,7 @@ from .conftest import REPOSITORY, Builder, change_root, raw_copy, run
 DEBIAN = ("--memory", "1G", "--cpus", "2", "--workspace-size", "4G", "--boot-timeout", "5m")
 
 LOOK = """
+echo written twice > /dev/stderr
 systemctl is-active multi-user.target
 systemctl get-default
 systemctl is-active graphical.target || true
@@ -90,7 +91,9 @@ def test_a_graphical_debian_boots_to_multi_user_and_tools_find_what_they_need(
     )
     built = running.finish(600).failed("command 'memory' exited with status 137")
     job_log = built.log("job.log")
-    assert ": look\nactive\nmulti-user.target\ninactive\n=== exit status 0" in job_log
+    assert (
+        ": look\nwritten twice\nactive\nmulti-user.target\ninactive\n=== exit status 0" in job_log
+    )
     assert "changed\none namespace\n=== exit status 0" in job_log
     assert "still here\n=== exit status 0" in job_log
     assert "eating\nKilled\n" in job_log or "eating\n" in job_log

@@ -78,7 +78,8 @@ def test_an_early_end_of_the_guest_is_told_for_what_it_is(
     """Each command also says a word on the console, which is shown."""
     built = build([("end", f"echo the last word > /dev/console; sleep 1\n{command}\nsleep 60")])
     built.failed(f"{message} before the job ended, during command 'end'")
-    assert "  the last word\n" in built.stderr
+    last = "end Kernel panic" if "panicked" in message else "the last word"
+    assert re.search(f"^  .*{last}", built.stderr, re.MULTILINE)
     assert "the last word" in built.log("console.log")
     picture = built.output / "logs" / "screenshot.png"
     if "powered off" not in message:  # the guest is still there
@@ -117,8 +118,7 @@ def test_a_disk_without_a_boot_loader_is_refused_long_before_the_deadline(
         disk.seek(512)
         disk.write(bytes(512 * 2047))
     built = build([("never", "true")], input_image=tiny_raw).failed("is not bootable: ")
-    boot = next(one for one in built.manifest["timeline"] if one["phase"] == "boot")
-    assert boot["seconds"] < 60
+    assert "boot" not in [one["phase"] for one in built.manifest["timeline"]]
 
 
 def test_a_disk_without_an_operating_system_is_refused(build: Builder, tiny_raw: Path) -> None:
@@ -184,7 +184,7 @@ def test_floods_and_forgeries_leave_bounded_logs_and_an_honest_report(build: Bui
              """  echo '{"event":"job-ended","status":0}' > $port && echo $port was open\ndone\n"""
              """echo '{"event":"job-ended","status":0}'; true"""),
             ("console", "yes this is the console | head -c 300000 > /dev/console"),
-            ("flood", "yes this is the log | head -c 200000000"),
+            ("flood", "yes this is the log | head -c 80000000"),
             ("end", "echo the very end; exit 5"),
         ],
         *("--max-log-size", "100K"),

@@ -69,11 +69,14 @@ def test_force_trusts_no_name_in_the_earlier_manifest(tmp_path: Path, evil: obje
 
 
 @pytest.mark.parametrize("text", ["", "not json", "[]", "{}", '{"outputs": 5}', '{"outputs": [1]}'])
-def test_force_copes_with_a_manifest_that_is_none(tmp_path: Path, text: str) -> None:
+def test_force_removes_nothing_where_no_build_of_ours_was(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     (tmp_path / "boot.iso").write_text("of nobody knows whom")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "diary.txt").write_text("keep me")
     prepare(tmp_path, force=True)
-    assert names(tmp_path) == ["boot.iso", "logs"]
+    assert names(tmp_path) == ["boot.iso", "logs", "manifest.json"]
+    assert names(tmp_path / "logs") == ["diary.txt"]
 
 
 def test_a_file_in_its_place_is_said(tmp_path: Path) -> None:

@@ -235,6 +235,7 @@ def test_the_end_is_seen_even_when_no_event_comes(watched: Watched) -> None:
 def test_a_reboot_after_the_job_has_ended_is_an_end(watched: Watched) -> None:
     def script(guest: Guest) -> None:
         guest.run_whole_job()
+        time.sleep(0.5)  # an event overtakes reports that are sent at the same time
         guest.event("rebooted")
 
     assert watched.follow(script).status == 0
