@@ -168,6 +168,56 @@ SCHEMA: dict[str, Any] = {
     },
 }
 
+# What a builder tells the hub about a finished build: the two parameters of the hub's
+# recordIndirectionInputs after task and build. An input is what sources.Source says of it.
+INPUT_ROLES = ("utility image", "input image")
+_TEXT = {"type": "string", "minLength": 1, "maxLength": 500, "pattern": r"^[^\x00-\x1f\x7f]+$"}
+_ID = {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_ID}
+_HEX = {"type": "string", "maxLength": 128, "pattern": "^[0-9a-f]+$"}
+PROVENANCE_SCHEMA: dict[str, Any] = {
+    "$schema": "http://json-schema.org/draft-07/schema#",
+    "title": "Provenance",
+    "description": "What an image build was made from.",
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["inputs", "extra"],
+    "properties": {
+        "inputs": {
+            "description": "Both images of each arch. An archive of a build has archive_id, "
+            "the output of a task has task_id.",
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 2 * MAX_ARCHES,
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["arch", "role", "reference", "filename", "checksum", "checksum_type"],
+                "properties": {
+                    "arch": {"type": "string", "maxLength": 32, "pattern": _ARCH},
+                    "role": {"type": "string", "enum": list(INPUT_ROLES)},
+                    "reference": _TEXT,
+                    "filename": _TEXT,
+                    "checksum": _HEX,
+                    "checksum_type": {"type": "integer", "minimum": 0, "maximum": 2},
+                    "nvr": {**_TEXT, "type": ["string", "null"]},
+                    "archive_id": _ID,
+                    "task_id": _ID,
+                },
+            },
+        },
+        "extra": {
+            "description": "The commit that the template was taken from, and the sha256 "
+            "of its text.",
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "template_commit": {**_TEXT, "maxLength": 128},
+                "template_sha256": {**_HEX, "minLength": 64, "maxLength": 64},
+            },
+        },
+    },
+}
+
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -272,6 +322,29 @@ class TaskSpec:
             ) from None
 
 
+def check_provenance(spec: TaskSpec, inputs: Any, extra: Any) -> None:
+    """Whether this can be what a build by this spec was made from; UsageError if not."""
+    _check_provenance_fields(inputs, extra)
+    seen = set()
+    for number, one in enumerate(inputs):
+        what = f"provenance: inputs[{number}]"
+        if one["arch"] not in spec.arches:
+            raise UsageError(f"{what} is for {one['arch']}, which the task does not build")
+        if (one["arch"], one["role"]) in seen:
+            raise UsageError(f"{what} is a second {one['role']} for {one['arch']}")
+        seen.add((one["arch"], one["role"]))
+        asked = spec.utility_image if one["role"] == INPUT_ROLES[0] else spec.input_image
+        if one["reference"] != asked:
+            raise UsageError(
+                f"{what} is {_shown(one['reference'])}, but the task's {one['role']} is {asked!r}"
+            )
+        if (one.get("archive_id") is None) == (one.get("task_id") is None):
+            raise UsageError(
+                f"{what} comes from an archive or from a task",
+                "give one of archive_id and task_id",
+            )
+
+
 # --- checks -----------------------------------------------------------------------------------
 
 # build checks itself, and so does, once it is merged with build, each arch's part of it.
@@ -280,6 +353,11 @@ _OWN_FIELDS = [one.name for one in fields(TaskSpec) if one.name not in ("build",
 
 @functools.lru_cache(maxsize=1)
 def _validator() -> Any:
+    schema = {"properties": {name: SCHEMA["properties"][name] for name in _OWN_FIELDS}}
+    return _validator_class()(schema)
+
+
+def _validator_class() -> Any:
     try:
         import jsonschema
     except ImportError as error:
@@ -287,11 +365,14 @@ def _validator() -> Any:
             "task specs cannot be checked: the Python module jsonschema is missing",
             "install python3-jsonschema",
         ) from error
-    types = jsonschema.Draft7Validator.TYPE_CHECKER.redefine(
-        "array", lambda _, value: isinstance(value, (list, tuple))
+    # JSON schema takes 2.0 for an integer; we do not, nor a tuple for anything but an array.
+    types = jsonschema.Draft7Validator.TYPE_CHECKER.redefine_many(
+        {
+            "integer": lambda _, value: isinstance(value, int) and not isinstance(value, bool),
+            "array": lambda _, value: isinstance(value, (list, tuple)),
+        }
     )
-    schema = {"properties": {name: SCHEMA["properties"][name] for name in _OWN_FIELDS}}
-    return jsonschema.validators.extend(jsonschema.Draft7Validator, type_checker=types)(schema)
+    return jsonschema.validators.extend(jsonschema.Draft7Validator, type_checker=types)
 
 
 def _check_fields(values: dict[str, Any]) -> None:
@@ -352,6 +433,13 @@ _WANTED = {
     "template_scm": "write URL#REF, such as git+https://example.com/templates.git#main",
     "template_upload": f"give a directory named {UPLOAD_PREFIX}/ and one name",
 }
+
+
+def _check_provenance_fields(inputs: Any, extra: Any) -> None:
+    validator = _validator_class()(PROVENANCE_SCHEMA)
+    for error in validator.iter_errors({"inputs": inputs, "extra": extra}):
+        path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error.absolute_path)
+        raise UsageError(f"provenance: {path[1:]}: {error.message[:300]}")
 
 
 def _frozen(arch_build: Any) -> Mapping[str, Mapping[str, Any]]:

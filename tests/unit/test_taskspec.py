@@ -14,7 +14,13 @@ import pytest
 from koji_indirection.errors import BuilderFault, UsageError
 from koji_indirection.sources import Reference
 from koji_indirection.spec import BuildSpec
-from koji_indirection.taskspec import SCHEMA, TaskSpec, _validator
+from koji_indirection.taskspec import (
+    PROVENANCE_SCHEMA,
+    SCHEMA,
+    TaskSpec,
+    _validator,
+    check_provenance,
+)
 
 UPLOAD = "cli-indirection/1695124012.341.QwErTyUi"
 SCM = "git+https://example.com/templates.git?live#origin/main"
@@ -261,6 +267,76 @@ def test_a_spec_cannot_change_after_it_was_checked() -> None:
 def test_a_build_spec_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="build is"):
         TaskSpec(**{**wire(), "build": {}})
+
+
+# --- what a build was made from ---------------------------------------------------------------
+
+
+def made_from(**changes: Any) -> list[dict[str, Any]]:
+    """Both inputs of x86_64 as sources.Source has them; changes are made to the first."""
+    common = {"arch": "x86_64", "checksum": "ab" * 32, "checksum_type": 2}
+    utility = {
+        **common,
+        "role": "utility image",
+        "reference": "latest:debian-utility@images-candidate",
+        "filename": "u.qcow2",
+        "nvr": "debian-utility-12-1",
+        "archive_id": 7,
+        "task_id": None,
+    }
+    image = {
+        **common,
+        "role": "input image",
+        "reference": "debian-input-12-1",
+        "filename": "i.qcow2",
+        "archive_id": 8,
+    }
+    return [{**utility, **changes}, image]
+
+
+def test_the_provenance_schema_is_a_valid_draft_7_schema() -> None:
+    jsonschema.Draft7Validator.check_schema(PROVENANCE_SCHEMA)
+
+
+def test_a_provenance_with_and_without_a_commit_is_accepted() -> None:
+    spec = TaskSpec.from_dict(wire())
+    check_provenance(spec, made_from(), {})
+    extra = {"template_commit": "5f1d0a9c", "template_sha256": "ab" * 32}
+    check_provenance(spec, made_from(archive_id=None, task_id=5), extra)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arch": "s390x"}, "inputs[0] is for s390x, which the task does not build"),
+        ({"role": "input image", "reference": "debian-input-12-1"}, "a second input image"),
+        ({"reference": "build:5"}, "but the task's utility image is"),
+        ({"task_id": 5}, "give one of archive_id and task_id"),
+        ({"archive_id": None}, "give one of archive_id and task_id"),
+        ({"archive_id": True}, "provenance: inputs[0].archive_id"),
+        ({"archive_id": 0}, "provenance: inputs[0].archive_id"),
+        ({"checksum": "xyz"}, "provenance: inputs[0].checksum"),
+        ({"checksum_type": 3}, "provenance: inputs[0].checksum_type"),
+        ({"filename": "x" * 501}, "provenance: inputs[0].filename"),
+        ({"size": 5}, "size"),
+    ],
+)
+def test_a_provenance_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_provenance(TaskSpec.from_dict(wire()), made_from(**changes), {})
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("inputs", [None, [], {}, "x", [5]])
+def test_inputs_that_are_no_list_of_objects_are_refused(inputs: Any) -> None:
+    with pytest.raises(UsageError, match="provenance: inputs"):
+        check_provenance(TaskSpec.from_dict(wire()), inputs, {})
+
+
+@pytest.mark.parametrize("extra", [None, [], {"other": 1}, {"template_sha256": "ab"}])
+def test_an_extra_that_nobody_knows_is_refused(extra: Any) -> None:
+    with pytest.raises(UsageError, match="provenance: extra"):
+        check_provenance(TaskSpec.from_dict(wire()), made_from(), extra)
 
 
 def test_without_jsonschema_it_imports_and_checking_says_what_is_missing(
