@@ -244,6 +244,8 @@ def _read(given: Iterable[tuple[str, str]], shown: Callable[[str], str]) -> _Lay
         option, no = _NAMES[name]
         field = option.field
         if not text.strip():
+            if names.get(field) == name:
+                layer[field] = None  # taken back
             layer.setdefault(field, None)
             continue
         if names.setdefault(field, name) != name and option.metavar:

@@ -361,6 +361,7 @@ def test_an_empty_option_takes_back_what_the_file_says(conf: Any, template: Path
     asked = request(conf(NEW), "--template-scm=", f"--template={template}", "--memory=")
     assert asked.template_file == template
     assert asked.spec.build_for("aarch64").memory_bytes == BuildSpec().memory_bytes
+    assert spec(*ENOUGH, "--release=3", "--release=").release is None
 
 
 def test_fewer_arches_than_the_file_has(conf: Any) -> None:
