@@ -26,8 +26,7 @@ MAX_PRIORITY = 1000
 koji.tasks.LEGACY_SIGNATURES.update(
     {
         METHOD: [[["spec"], None, None, None]],
-        # The builder's own; what it adds after arch is its business.
-        "indirectionBuildArch": [[["spec", "arch"], "rest", None, None]],
+        "indirectionBuildArch": [[["spec", "arch", "nvr", "pinned"], None, None, None]],
     }
 )
 

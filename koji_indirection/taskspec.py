@@ -393,7 +393,7 @@ def _explain(name: str, error: Any) -> UsageError:
     if error.validator == "enum":
         return UsageError(wrong, f"it must be one of {', '.join(limit)}")
     if error.validator == "uniqueItems":
-        twice = next(item for index, item in enumerate(value) if item in value[:index])
+        twice = next((one for n, one in enumerate(value) if one in value[:n]), value)
         return UsageError(f"task spec: {name} has {_shown(twice)} twice", "name it once")
     if error.validator == "minItems":
         return UsageError(f"task spec: {name} is empty", "name at least one arch")

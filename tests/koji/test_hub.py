@@ -76,7 +76,8 @@ def test_a_user_with_the_image_permission_gets_a_task_in_the_channel_image(
 
     from koji_indirection.taskspec import TaskSpec
 
-    task = hub.task(user.indirectionBuild(wire(release="3")))
+    asked = wire(release="3", build={"memory_bytes": 2**33})
+    task = hub.task(user.indirectionBuild(asked))
     assert task["method"] == "indirectionBuild"
     assert task["arch"] == "x86_64"
     assert task["priority"] == koji.PRIO_DEFAULT
@@ -84,7 +85,7 @@ def test_a_user_with_the_image_permission_gets_a_task_in_the_channel_image(
     assert task["owner"] == user.getLoggedInUser()["id"]
     assert user.getChannel(task["channel_id"])["name"] == "image"
     assert len(task["request"]) == 1, "the spec is the one parameter"
-    assert TaskSpec.from_dict(task["request"][0]) == TaskSpec.from_dict(wire(release="3"))
+    assert TaskSpec.from_dict(task["request"][0]) == TaskSpec.from_dict(asked)
 
 
 def test_a_task_of_several_arches_is_noarch(hub: RealKoji, user: Any) -> None:
@@ -457,6 +458,9 @@ def test_what_a_build_was_made_from_is_seen_from_both_sides(
         assert {one["id"] for one in used} == {
             images[role, archive["arch"]]["id"] for role in ROLES
         }
+    for role in ROLES:
+        used_for = anyone.buildReferences(images[role, "x86_64"]["build_id"])["component_of"]
+        assert {archive["id"] for archive in made} <= set(used_for)
     recorded = anyone.getBuild(build["id"])["extra"]["indirection"]
     assert recorded["template_commit"] == COMMIT
     assert (recorded["template_scm"], recorded["template"]) == (SCM, "live.tdl")

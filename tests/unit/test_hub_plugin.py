@@ -93,12 +93,12 @@ def test_koji_can_name_the_parameters_of_both_tasks(plugin: Any) -> None:
 
     parse = koji.tasks.parse_task_params
     assert parse("indirectionBuild", [{"name": "live"}]) == {"spec": {"name": "live"}}
-    assert parse("indirectionBuildArch", [{}, "x86_64"]) == {
+    assert parse("indirectionBuildArch", [{}, "x86_64", "live-41-1", {"a": 1}]) == {
         "spec": {},
         "arch": "x86_64",
-        "rest": (),
+        "nvr": "live-41-1",
+        "pinned": {"a": 1},
     }
-    assert parse("indirectionBuildArch", [{}, "x86_64", {"id": 5}])["rest"] == ({"id": 5},)
     assert plugin.METHOD == "indirectionBuild"
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from koji_indirection.errors import BuilderFault, UsageError
 from koji_indirection.sources import Reference
@@ -180,6 +182,38 @@ def test_what_makes_no_sense_is_refused_with_the_field_and_a_hint(
 def test_what_is_no_object_is_refused(data: Any) -> None:
     with pytest.raises(UsageError, match="a task spec is an object"):
         TaskSpec.from_dict(data)
+
+
+_ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(max_size=5) | st.just("x86_64") | st.just("cpus"), inner, max_size=3
+        )
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(SCHEMA["properties"])), _ANYTHING, max_size=4))
+def test_whatever_comes_over_the_wire_is_a_spec_or_a_usage_error(changes: dict[str, Any]) -> None:
+    try:
+        spec = TaskSpec.from_dict({**wire(), **changes})
+    except UsageError as error:
+        assert error.one_line()
+    else:
+        assert TaskSpec.from_dict(spec.to_dict()) == spec
+
+
+@settings(max_examples=200, deadline=None)
+@given(_ANYTHING, _ANYTHING)
+def test_whatever_a_builder_records_is_checked_or_a_usage_error(inputs: Any, extra: Any) -> None:
+    with pytest.raises(UsageError):
+        check_provenance(TaskSpec.from_dict(wire()), inputs, extra)
+    with pytest.raises(UsageError):
+        check_provenance(TaskSpec.from_dict(wire()), [{**made_from()[0], "nvr": inputs}], [extra])
 
 
 REFERENCES = [
