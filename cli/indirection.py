@@ -24,7 +24,7 @@ from koji_cli.lib import (
 )
 
 
-@export_cli  # type: ignore[untyped-decorator,unused-ignore]
+@export_cli
 def handle_indirection_build(goptions: Any, session: Any, args: list[str]) -> int:
     """[build] Make an image with the tools that are inside another image"""
     try:
@@ -90,6 +90,7 @@ def _watch(
     from koji_indirection import submission
 
     session.logout()
+    state = build = None
     try:
         with contextlib.redirect_stdout(human_output):
             status: int = watch_tasks(
@@ -99,13 +100,13 @@ def _watch(
                 poll_interval=goptions.poll_interval,
                 topurl=goptions.topurl,
             )
-    except KeyboardInterrupt:
         if request.json:
-            print(submission.result_json(task_id, None, None))
-        raise
-    if request.json:
-        state = koji.TASK_STATES[session.getTaskInfo(task_id)["state"]]
-        print(submission.result_json(task_id, state, _build_of(session, task_id)))
+            state = koji.TASK_STATES[session.getTaskInfo(task_id)["state"]]
+            build = _build_of(session, task_id)
+    finally:
+        # Also when it was interrupted, or the hub went away: the task is still there.
+        if request.json:
+            print(submission.result_json(task_id, state, build))
     return status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import warnings
@@ -156,6 +157,12 @@ def test_nowait_prints_the_id_and_with_quiet_nothing_else(hub: RealKoji) -> None
     assert info.endswith(f"/web/taskinfo?taskID={task_id}")
     quiet = run(hub, *ENOUGH, "--nowait", "--quiet")
     assert wire(hub, int(quiet.stdout)) == wire(hub, task_id) == whole()
+
+
+def test_in_the_background_it_waits_only_when_told_to(hub: RealKoji) -> None:
+    done = run(hub, *ENOUGH)
+    assert done.returncode == 0
+    assert "Watching tasks" not in done.stdout
 
 
 @pytest.mark.parametrize(("option", "more"), [("--background", 5), ("--priority=7", 7), ("", 0)])
@@ -369,9 +376,15 @@ def play_the_builder(hub: RealKoji, task_id: int, directory: Path) -> Any:
     return build
 
 
-def test_interrupting_the_watch_leaves_the_task_and_its_id(hub: RealKoji) -> None:
-    import signal
+def test_a_task_without_a_build_has_none(hub: RealKoji) -> None:
+    with waiting(hub, "--json") as (command, task_id):
+        hub.admin_session().cancelTask(task_id)
+        out, _ = command.communicate(timeout=60)
+    assert command.returncode == 1
+    assert json.loads(out) == {"task_id": task_id, "state": "CANCELED", "build": None}
 
+
+def test_interrupting_the_watch_leaves_the_task_and_its_id(hub: RealKoji) -> None:
     with waiting(hub, "--json") as (command, task_id):
         command.send_signal(signal.SIGINT)
         out, err = command.communicate(timeout=60)
