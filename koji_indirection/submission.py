@@ -332,7 +332,7 @@ def _read_file(path: Path) -> _File:
     for section in parser.sections():
         name, colon, arch = section.partition(":")
         if name == COMMAND and colon:
-            arches[arch.strip()] = _section(parser, section, _BUILD_NAMES, path)
+            arches[arch] = _section(parser, section, _BUILD_NAMES, path)
     return _File(_section(parser, found[0], _FILE_NAMES, path), arches)
 
 
