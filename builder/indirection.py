@@ -25,120 +25,26 @@ except ImportError as error:
 
 CONFIG = "/etc/kojid/plugins/indirection.conf"
 
+# Of a VM, and of a task that only waits for others.
+WEIGHT = 2.0
+WEIGHT_OF_WAITING = 0.2
 
-class IndirectionBuildTask(koji.tasks.BaseTaskHandler):
-    """One image build: everything for one arch."""
 
-    Methods = ("indirectionBuild",)
-    _taskWeight = 2.0
+class _Task(koji.tasks.BaseTaskHandler):
+    """What both kinds of task have in common."""
 
-    def checkHost(self, hostdata):
-        """Whether this host is of the right arch; a False here is for good.
-
-        What may change is asked in handler(), whose refusals other hosts and later times may lift.
-        """
-        if MISSING:
-            return True  # handler() says so, and the user can read it
-        arches = self.params[0].get("arches") or []
-        if len(arches) != 1:
-            return True
-        return kojibuild.runs_here(arches[0], hostdata["arches"].split())
-
-    def handler(self, spec):
-        if MISSING:
-            raise koji.GenericError(MISSING)
-        with _told_to_koji(), kojibuild.interrupted_once():
-            return self._build(TaskSpec.from_dict(spec))
-
-    def _build(self, spec):
-        if len(spec.arches) != 1:
-            raise koji.BuildError(
-                "this version builds one arch in a task: submit one build for each arch"
-            )
-        (arch,) = spec.arches
-        daemon = self._daemon(spec)
-        settings = self._settings(spec, arch)
-        target = kojibuild.check_target(self.session, spec)
-        build = None if spec.scratch else kojibuild.own_build(self.session, self.id)
-        if build is None or build["state"] != kojibuild.COMPLETE:
-            inputs = kojibuild.find_inputs(daemon, spec, arch, settings)
-            types = kojibuild.ArchiveTypes(self.session)
-            types.check_patterns(spec.build_for(arch).results)
-            with _refusals():
-                kojibuild.require_space(inputs, settings)
-            if spec.scratch:
-                return self._scratch(daemon, spec, arch, inputs, settings)
-            build = build or self._init_build(spec, inputs)
-            self._complete(daemon, spec, arch, build, inputs, settings)
-        if not spec.skip_tag:
-            self._tag(target, build)
-        return {"build_id": build["id"], "nvr": _nvr(build), "task_id": self.id}
+    def _suits(self, arch, hostdata):
+        """A False is for good; what may change is asked in handler(), whose refusals are not."""
+        return kojibuild.runs_here(arch, hostdata["arches"].split())
 
     def _settings(self, spec, arch):
+        """Of this host, which must suit the arch that it is to build, if it is to build one."""
         parser = koji.read_config_files(CONFIG)
-        with _refusals():
-            settings = kojibuild.task_settings(parser, CONFIG, spec, Path(self.workdir) / "vm")
-            kojibuild.require_host(spec.build_for(arch), settings)
+        settings = kojibuild.task_settings(parser, CONFIG, spec, Path(self.workdir) / "vm")
+        if arch is not None:
+            with _refusals():
+                kojibuild.require_host(spec, arch, settings)
         return settings
-
-    def _init_build(self, spec, inputs):
-        return self.session.host.initImageBuild(
-            self.id,
-            {
-                "name": spec.name,
-                "version": spec.version,
-                "release": kojibuild.release_of(self.session, spec),
-                "epoch": 0,
-                "source": inputs.template_source,
-                "extra": {"indirection": inputs.record()},
-            },
-        )
-
-    def _complete(self, daemon, spec, arch, build, inputs, settings):
-        """From BUILDING to COMPLETE, or to FAILED; an interrupted build stays as it is.
-
-        Cancelled, the hub has marked it already; with kojid stopped, the task runs again.
-        """
-        try:
-            entry = kojibuild.build_arch(daemon, spec, arch, _nvr(build), inputs, settings)
-            self.session.host.completeImageBuild(
-                self.id, build["id"], kojibuild.hub_results([entry])
-            )
-        except Exception:
-            self._fail(build)
-            raise
-        self._record_inputs(build, [entry])
-
-    def _fail(self, build):
-        try:
-            self.session.host.failBuild(self.id, build["id"])
-        except Exception as error:  # noqa: BLE001 - the reason of the failure comes first
-            self.logger.warning("build %s cannot be marked as failed: %s", build["id"], error)
-
-    def _record_inputs(self, build, entries):
-        """With the hub's plugin, if it has this call; build.extra tells the same in any case."""
-        inputs = {entry["arch"]: entry["inputs"] for entry in entries}
-        try:
-            self.session.host.recordIndirectionInputs(self.id, build["id"], inputs)
-        except koji.GenericError as error:
-            self.logger.warning("the inputs of build %s are not linked: %s", build["id"], error)
-
-    def _scratch(self, daemon, spec, arch, inputs, settings):
-        nvr = f"{spec.name}-{spec.version}-{kojibuild.release_of(self.session, spec)}"
-        entry = kojibuild.build_arch(daemon, spec, arch, nvr, inputs, settings)
-        self.session.host.moveImageBuildToScratch(self.id, kojibuild.hub_results([entry]))
-        return {"nvr": nvr, "files": entry["files"], "task_id": self.id}
-
-    def _tag(self, target, build):
-        """A label of its own: the hub gives a task that runs again the child it has already."""
-        tag_task = self.session.host.subtask(
-            method="tagBuild",
-            arglist=[target["dest_tag"], build["id"], False, None, True],
-            label="tag",
-            parent=self.id,
-            arch="noarch",
-        )
-        self.wait(tag_task)
 
     # The daemon's means
 
@@ -181,6 +87,157 @@ class IndirectionBuildTask(koji.tasks.BaseTaskHandler):
         log = Path(self.workdir) / "checkout.log"
         checkout = scm.checkout(str(directory), self.session, self.getUploadDir(), str(log))
         return Path(checkout), scm.get_source()["source"]
+
+
+class IndirectionBuildTask(_Task):
+    """One image build: the work itself for one arch, a subtask each for several."""
+
+    Methods = ("indirectionBuild",)
+
+    def weight(self):
+        return WEIGHT if self._only_arch() else WEIGHT_OF_WAITING
+
+    def checkHost(self, hostdata):
+        arch = self._only_arch()
+        return not arch or self._suits(arch, hostdata)
+
+    def _only_arch(self):
+        """The one that this task builds itself; None for several, or what handler() refuses."""
+        spec = self.params[0] if self.params else None
+        arches = spec.get("arches") if isinstance(spec, dict) else None
+        if MISSING or not isinstance(arches, list) or len(arches) != 1:
+            return None
+        return arches[0]
+
+    def handler(self, spec):
+        if MISSING:
+            raise koji.GenericError(MISSING)
+        with _told_to_koji(), kojibuild.interrupted_once():
+            return self._build(TaskSpec.from_dict(spec))
+
+    def _build(self, spec):
+        settings = self._settings(spec, self._only_arch())
+        target = kojibuild.check_target(self.session, spec)
+        build = None if spec.scratch else kojibuild.own_build(self.session, self.id)
+        if build is None or build["state"] != kojibuild.COMPLETE:
+            daemon = self._daemon(spec)
+            inputs = kojibuild.find_inputs(daemon, spec, settings)
+            types = kojibuild.ArchiveTypes(self.session)
+            for arch in spec.arches:
+                types.check_patterns(spec.build_for(arch).results)
+            if self._only_arch():
+                with _refusals():
+                    kojibuild.require_space(inputs[self._only_arch()], settings)
+            if spec.scratch:
+                return self._scratch(daemon, spec, inputs, settings)
+            build = build or self._init_build(spec, inputs)
+            self._complete(daemon, spec, build, inputs, settings)
+        if not spec.skip_tag:
+            self._tag(target, build)
+        return {"build_id": build["id"], "nvr": _nvr(build), "task_id": self.id}
+
+    def _init_build(self, spec, inputs):
+        return self.session.host.initImageBuild(
+            self.id,
+            {
+                "name": spec.name,
+                "version": spec.version,
+                "release": kojibuild.release_of(self.session, spec),
+                "epoch": 0,
+                "source": next(iter(inputs.values())).template_source,
+                "extra": kojibuild.build_extra(spec, inputs),
+            },
+        )
+
+    def _complete(self, daemon, spec, build, inputs, settings):
+        """From BUILDING to COMPLETE, or to FAILED; an interrupted build stays as it is.
+
+        Cancelled, the hub has marked it already; with kojid stopped, the task runs again.
+        """
+        try:
+            entries = self._entries(daemon, spec, _nvr(build), inputs, settings)
+            results = kojibuild.hub_results(entries)
+            self.session.host.completeImageBuild(self.id, build["id"], results)
+        except Exception:
+            self._fail(build)
+            raise
+        built = [entry["arch"] for entry in results.values()]
+        self._record_inputs(build, {arch: inputs[arch] for arch in built})
+
+    def _entries(self, daemon, spec, nvr, inputs, settings):
+        """What each arch came to, as the hub takes it; of one that could fail maybe a fault."""
+        arch = self._only_arch()
+        if arch:
+            return [kojibuild.build_arch(daemon, spec, arch, nvr, inputs[arch], settings)]
+        tasks = {
+            arch: self.session.host.subtask(
+                method="indirectionBuildArch",
+                arglist=[spec.to_dict(), arch, nvr, inputs[arch].pinned()],
+                label=arch,
+                parent=self.id,
+                arch=arch,
+            )
+            for arch in spec.arches
+        }
+        can_fail = [tasks[arch] for arch in spec.can_fail]
+        results = self.wait(list(tasks.values()), all=True, failany=True, canfail=can_fail)
+        return list(results.values())
+
+    def _fail(self, build):
+        try:
+            self.session.cancelTaskChildren(self.id)
+            self.session.host.failBuild(self.id, build["id"])
+        except Exception as error:  # noqa: BLE001 - the reason of the failure comes first
+            self.logger.warning("build %s cannot be marked as failed: %s", build["id"], error)
+
+    def _record_inputs(self, build, inputs):
+        """With the hub's plugin, if it has this call; build.extra tells the same in any case."""
+        images = [image for arch, one in inputs.items() for image in one.images(arch)]
+        template = next(iter(inputs.values())).template_record()
+        try:
+            self.session.host.recordIndirectionInputs(self.id, build["id"], images, template)
+        except koji.GenericError as error:
+            self.logger.warning("the inputs of build %s are not linked: %s", build["id"], error)
+
+    def _scratch(self, daemon, spec, inputs, settings):
+        nvr = f"{spec.name}-{spec.version}-{kojibuild.release_of(self.session, spec)}"
+        entries = self._entries(daemon, spec, nvr, inputs, settings)
+        results = kojibuild.hub_results(entries)
+        self.session.host.moveImageBuildToScratch(self.id, results)
+        files = [name for entry in results.values() for name in entry["files"]]
+        return {"nvr": nvr, "files": files, "task_id": self.id}
+
+    def _tag(self, target, build):
+        """A label of its own: the hub gives a task that runs again the child it has already."""
+        tag_task = self.session.host.subtask(
+            method="tagBuild",
+            arglist=[target["dest_tag"], build["id"], False, None, True],
+            label="tag",
+            parent=self.id,
+            arch="noarch",
+        )
+        self.wait(tag_task)
+
+
+class IndirectionBuildArchTask(_Task):
+    """One arch of several, from what the parent task has found."""
+
+    Methods = ("indirectionBuildArch",)
+    _taskWeight = WEIGHT
+
+    def checkHost(self, hostdata):
+        return bool(MISSING) or self._suits(self.params[1], hostdata)
+
+    def handler(self, spec, arch, nvr, pinned):
+        if MISSING:
+            raise koji.GenericError(MISSING)
+        with _told_to_koji(), kojibuild.interrupted_once():
+            spec = TaskSpec.from_dict(spec)
+            daemon, settings = self._daemon(spec), self._settings(spec, arch)
+            inputs = kojibuild.pinned_inputs(daemon, spec, pinned, settings)
+            with _refusals():
+                kojibuild.require_space(inputs, settings)
+            return kojibuild.build_arch(daemon, spec, arch, nvr, inputs, settings)
 
 
 def _nvr(build):

@@ -27,7 +27,6 @@ from .config import Settings, settings_from
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .manifest import FILE_NAME as MANIFEST
 from .manifest import Manifest
-from .spec import BuildSpec
 from .taskspec import TaskSpec
 from .template import Template
 from .units import GIB, format_size
@@ -37,6 +36,7 @@ log = logging.getLogger(__name__)
 # koji.BUILD_STATES
 BUILDING = 0
 COMPLETE = 1
+_OPEN = 1  # of koji.TASK_STATES
 
 TASK_LOG = "task.log"
 TEMPLATE_LOG = "template.log"
@@ -78,31 +78,31 @@ def task_settings(
 ) -> Settings:
     """The builder's settings for one task, which works in its own directory unless told otherwise.
 
-    Raises UsageError when the file is wrong, Unsuitable when it rules out what the spec asks for.
+    Raises BuilderFault when the file is wrong: no user can mend it.
     """
-    settings = settings_from(parser, where)
-    if not parser.has_option("indirection", "work_dir"):
+    try:
+        settings = settings_from(parser, where)
+    except UsageError as error:
+        raise BuilderFault(error.message, error.hint) from error
+    if not (parser.get("indirection", "work_dir", raw=True, fallback="") or "").strip():
         settings = dataclasses.replace(settings, work_dir=work_dir)
-    if spec.accel != "auto":
-        if settings.accel not in ("auto", spec.accel):
-            raise Unsuitable(
-                f"the build asks for {spec.accel}, this host is set to {settings.accel}"
-            )
+    if settings.accel == "auto":
         settings = dataclasses.replace(settings, accel=spec.accel)
     return settings
 
 
-def require_host(build: BuildSpec, settings: Settings) -> None:
+def require_host(spec: TaskSpec, arch: str, settings: Settings) -> None:
     """Raise Unsuitable without the accelerator or the free memory that a build needs."""
+    if spec.accel not in ("auto", settings.accel):
+        raise Unsuitable(f"the build asks for {spec.accel}, this host is set to {settings.accel}")
     try:
         accel.choose(settings.accel, cache_dir=settings.cache_dir)
     except BuilderFault as fault:
         raise Unsuitable(fault.message) from fault
-    free = _available_memory_bytes()
-    if free is not None and free < build.memory_bytes:
+    free, wanted = _available_memory_bytes(), spec.build_for(arch).memory_bytes
+    if free is not None and free < wanted:
         raise Unsuitable(
-            f"the guest is to have {format_size(build.memory_bytes)} of memory,"
-            f" {format_size(free)} are free"
+            f"the guest is to have {format_size(wanted)} of memory, {format_size(free)} are free"
         )
 
 
@@ -121,8 +121,14 @@ def require_space(inputs: Inputs, settings: Settings) -> None:
 def runs_here(arch: str, host_arches: Sequence[str]) -> bool:
     """Whether a host that Koji says to be of these arches can run a guest of this one."""
     machine = platform.machine()
-    native = {"x86_64": ("x86_64", "i386", "i586", "i686"), "ppc64le": ("ppc64le",)}
-    return arch in host_arches and arch in native.get(machine, (machine,))
+    native = (machine, "i386") if machine == "x86_64" else (machine,)
+    return _canonical(arch) in native and _canonical(arch) in map(_canonical, host_arches)
+
+
+def _canonical(arch: str) -> str:
+    import koji  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    return str(koji.canonArch(arch))
 
 
 def _available_memory_bytes() -> int | None:
@@ -168,7 +174,7 @@ def check_target(session: Any, spec: TaskSpec) -> dict[str, Any]:
     config = session.getBuildConfig(target["build_tag"])
     known = (config.get("arches") or "").split()
     for arch in spec.arches:
-        if arch not in known:
+        if _canonical(arch) not in map(_canonical, known):
             raise UsageError(
                 f"{arch} is not an arch of the build tag {target['build_tag_name']}",
                 f"its arches are {', '.join(known) or 'none'}",
@@ -285,37 +291,73 @@ class Inputs:
     input_image: sources.Source
     utility_image: sources.Source
 
-    def record(self) -> dict[str, Any]:
-        """For the build's extra data and the hub's plugin; plain data, nothing None."""
+    def images(self, arch: str) -> list[dict[str, Any]]:
+        """Both images as the hub's recordIndirectionInputs() takes them."""
+        return [_source_record(one, arch) for one in (self.utility_image, self.input_image)]
+
+    def template_record(self) -> dict[str, str]:
+        """The same call's extra data."""
+        record = {"template_sha256": self.template.sha256}
+        if self.template_commit:
+            record["template_commit"] = self.template_commit
+        return record
+
+    @property
+    def template_commit(self) -> str:
+        """Empty for an uploaded template."""
+        return self.template_source.partition("#")[2]
+
+    def pinned(self) -> dict[str, Any]:
+        """What another host needs to build from exactly this; plain data, see pinned_inputs()."""
         return {
-            "template": {"source": self.template_source, "sha256": self.template.sha256},
-            "input_image": _source_record(self.input_image),
-            "utility_image": _source_record(self.utility_image),
+            "template_source": self.template_source,
+            "template_sha256": self.template.sha256,
+            "input_image": dataclasses.asdict(self.input_image),
+            "utility_image": dataclasses.asdict(self.utility_image),
         }
 
 
-def _source_record(source: sources.Source) -> dict[str, Any]:
+def _source_record(source: sources.Source, arch: str) -> dict[str, Any]:
     record = {
+        "arch": arch,
+        "role": source.role,
         "reference": source.reference,
         "nvr": source.nvr,
-        "build_id": source.build_id,
         "archive_id": source.archive_id,
         "task_id": source.task_id,
         "filename": source.filename,
-        "arch": source.arch,
         "checksum": source.checksum,
-        "checksum_type": source.checksum_name,
+        "checksum_type": source.checksum_type,
     }
     return {name: value for name, value in record.items() if value is not None}
 
 
-def find_inputs(daemon: Daemon, spec: TaskSpec, arch: str, settings: Settings) -> Inputs:
-    """Get the template and resolve both images. Raises what template and sources raise."""
-    path, source = _fetch_template(daemon, spec, settings)
+def build_extra(spec: TaskSpec, inputs: Mapping[str, Inputs]) -> dict[str, Any]:
+    """The build's extra data while it is being built; the hub's plugin writes the same later."""
+    first = next(iter(inputs.values()))
+    record = {
+        "template": spec.template,
+        "utility_image": spec.utility_image,
+        "input_image": spec.input_image,
+        "inputs": [image for arch, one in inputs.items() for image in one.images(arch)],
+        **first.template_record(),
+    }
+    if spec.template_scm is not None:
+        record["template_scm"] = spec.template_scm
+    return {"indirection": record}
+
+
+def find_inputs(daemon: Daemon, spec: TaskSpec, settings: Settings) -> dict[str, Inputs]:
+    """Get the template, once, and resolve both images for each arch.
+
+    Raises what template and sources raise.
+    """
+    path, source = _fetch_template(daemon, spec, spec.template_scm, settings)
     parsed = template.load(path)
     template.require_supported(parsed)
+    text = path.read_bytes()
 
-    def resolved(reference: str, glob: str | None, role: str) -> sources.Source:
+    def resolved(reference: str, arch: str, glob: str | None, role: str) -> sources.Source:
         return sources.resolve(
             daemon.session,
             sources.Reference.parse(reference),
@@ -324,20 +366,47 @@ def find_inputs(daemon: Daemon, spec: TaskSpec, arch: str, settings: Settings) -
             role=role,
         )
 
+    return {
+        arch: Inputs(
+            template=parsed,
+            template_text=text,
+            template_source=source,
+            input_image=resolved(spec.input_image, arch, spec.input_archive, "input image"),
+            utility_image=resolved(spec.utility_image, arch, spec.utility_archive, "utility image"),
+        )
+        for arch in spec.arches
+    }
+
+
+def pinned_inputs(
+    daemon: Daemon, spec: TaskSpec, pinned: Mapping[str, Any], settings: Settings
+) -> Inputs:
+    """What the parent task has found, whatever a branch or a tag holds by now."""
+    scm = pinned["template_source"] if spec.template_scm is not None else None
+    path, source = _fetch_template(daemon, spec, scm, settings)
+    parsed = template.load(path)
+    if parsed.sha256 != pinned["template_sha256"]:
+        raise BuilderFault(
+            f"the template {spec.template} is not the one that the parent task has read",
+            "submit the build again",
+        )
     return Inputs(
         template=parsed,
         template_text=path.read_bytes(),
         template_source=source,
-        input_image=resolved(spec.input_image, spec.input_archive, "input image"),
-        utility_image=resolved(spec.utility_image, spec.utility_archive, "utility image"),
+        input_image=sources.Source(**pinned["input_image"]),
+        utility_image=sources.Source(**pinned["utility_image"]),
     )
 
 
-def _fetch_template(daemon: Daemon, spec: TaskSpec, settings: Settings) -> tuple[Path, str]:
-    if spec.template_scm is not None:
+def _fetch_template(
+    daemon: Daemon, spec: TaskSpec, scm: str | None, settings: Settings
+) -> tuple[Path, str]:
+    """A local copy, and where exactly it is from."""
+    if scm is not None:
         scm_dir = daemon.work_dir / "scm"
         scm_dir.mkdir(parents=True)
-        checkout, url = daemon.checkout(spec.template_scm, scm_dir)
+        checkout, url = daemon.checkout(scm, scm_dir)
         return file_in_checkout(checkout, spec.template), url
     assert spec.template_upload is not None
     uploaded = daemon.session.checkUpload(spec.template_upload, spec.template, verify="sha256")
@@ -423,7 +492,9 @@ class LiveLogs:
     """Uploads a directory's *.log as they grow, from a thread of its own.
 
     append -- uploads a file from its position to its end; may raise anything.
-    lost -- called, in that thread, when the hub says that the task is no longer ours.
+    ours -- asks the hub whether the task still is ours to do; may raise anything.
+    lost -- called, in that thread, when it is not: cancelled, or given to somebody else. kojid
+        would end us too, but seconds later, and not at all if it has been killed itself.
     A hub that is away delays nobody: what it missed is uploaded once it is back. On the
     way out all is uploaded, unless an interrupt leaves no time for it.
     """
@@ -432,11 +503,13 @@ class LiveLogs:
         self,
         directory: Path,
         append: Callable[[IO[bytes], str], None],
+        ours: Callable[[], bool],
         lost: Callable[[], None],
         interval_seconds: float = 1.0,
     ) -> None:
         self._directory = directory
         self._append = append
+        self._ours = ours
         self._lost = lost
         self._interval_seconds = interval_seconds
         self._files: dict[str, IO[bytes]] = {}
@@ -465,19 +538,19 @@ class LiveLogs:
             ending = self._ending.wait(self._interval_seconds)
             if self._abandoned:
                 break
+            ours = True
             try:
+                ours = self._ours()
                 self._upload()
                 complained = False
             except Exception as error:  # noqa: BLE001 - logs are not worth a build
-                if getattr(error, "faultCode", None) in _LOST:
-                    self._abandoned = True
-                    if not ending:
-                        self._lost()
-                    break
-                if not complained:
+                ours = ours and getattr(error, "faultCode", None) not in _LOST
+                if ours and not complained:
                     log.warning("logs cannot be uploaded for now: %s", error)
                 complained = True
-            if ending:
+            if not ours and not ending:
+                self._lost()
+            if ending or not ours:
                 break
         for file in self._files.values():
             file.close()
@@ -496,7 +569,8 @@ class LiveLogs:
 
 
 def interrupt_main_thread() -> None:
-    """What kojid does seconds later when a task is cancelled."""
+    """As kojid does."""
+    log.error("the task is no longer ours: it was cancelled or given to another builder")
     os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -546,9 +620,13 @@ def build_arch(
     logs = directory / output.LOGS
     (logs / TEMPLATE_LOG).write_bytes(inputs.template_text)
     types = ArchiveTypes(daemon.session)
+
+    def ours() -> bool:
+        return bool(daemon.session.getTaskInfo(daemon.task_id)["state"] == _OPEN)
+
     try:
         # The session is the thread's alone in this block: nothing else in it calls the hub.
-        with LiveLogs(logs, daemon.append, interrupt_main_thread), task_log(logs / TASK_LOG):
+        with LiveLogs(logs, daemon.append, ours, interrupt_main_thread), task_log(logs / TASK_LOG):
             record = _fetch_and_build(daemon, spec, arch, inputs, settings, directory)
     except Exception:
         _keep_evidence(daemon, directory, manifest_name(nvr, arch))
@@ -565,7 +643,6 @@ def build_arch(
         "files": [*names, manifest_name(nvr, arch)],
         "logs": sorted(name for name in uploaded if name.endswith(".log")),
         "rpmlist": [] if spec.scratch else rpm_list(daemon.session, inputs.input_image),
-        "inputs": inputs.record(),
     }
 
 
@@ -607,9 +684,13 @@ def _keep_evidence(daemon: Daemon, directory: Path, name: str) -> None:
                 log.warning("%s cannot be uploaded: %s", remote, error)
 
 
-def hub_results(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What completeImageBuild and moveImageBuildToScratch take, from build_arch()'s entries."""
-    return {
-        str(entry["task_id"]): {key: entry[key] for key in entry if key != "inputs"}
-        for entry in entries
-    }
+def hub_results(entries: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What completeImageBuild and moveImageBuildToScratch take, from build_arch()'s entries.
+
+    The hub passes over an entry that failed, and would tag a build without any archive.
+    """
+    results = {str(entry["task_id"]): entry for entry in entries if "task_id" in entry}
+    if not results:
+        reasons = [str(entry.get("faultString", "unknown")) for entry in entries]
+        raise BuildFailed(f"no arch was built: {'; '.join(reasons)}")
+    return results

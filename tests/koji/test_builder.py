@@ -7,6 +7,7 @@ import json
 import subprocess
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ TINY = (REPOSITORY / ".cache/images/tiny.qcow2", Path("/work/images/tiny.qcow2")
 
 INPUT = "tiny-1-1"
 NAME = "live"
-MAKE_ISO = "mount /dev/vdb1 /mnt && cd /mnt && mkdir -p results/images && echo made >results/images/boot.iso"
+RESULTS = "mount /dev/vdb1 /mnt && cd /mnt && mkdir -p results/images"
+MAKE_ISO = f"{RESULTS} && echo made >results/images/boot.iso"
 SMALL = {"memory_bytes": 256 * 2**20, "cpus": 1, "workspace_size_bytes": 2**30}
 
 # For a hub without our plugin: a task is all that the builder needs.
@@ -48,7 +50,10 @@ def koji(real_koji: RealKoji) -> Iterator[RealKoji]:
     tiny = next((path for path in TINY if path.exists()), None)
     if tiny is None:
         pytest.skip(f"there is no {TINY[0]}: run make images")
-    real_koji.import_image_build(INPUT, [tiny])
+    from realkoji.real import ImageFile
+
+    other = ImageFile(tiny, arch="i686", name="tiny.i686.qcow2")  # which runs on x86_64 as well
+    real_koji.import_image_build(INPUT, [ImageFile(tiny, name="tiny.x86_64.qcow2"), other])
     with real_koji.plugins(name="indirection_tasks", hub=HUB):
         real_koji.builder_restart(plugin_conf=builder_conf(real_koji))
         yield real_koji
@@ -119,7 +124,10 @@ def upload(session: Any, content: bytes, koji: RealKoji) -> str:
     directory = f"cli-indirection/{time.time()}.{next(_numbers)}"
     path = koji.work / "live.tdl"
     path.write_bytes(content)
-    session.uploadWrapper(str(path), directory)
+    with warnings.catch_warnings():
+        # The library leaves the file to the garbage collector.
+        warnings.simplefilter("ignore", ResourceWarning)
+        session.uploadWrapper(str(path), directory)
     return directory
 
 
@@ -195,12 +203,61 @@ def test_a_build_is_complete_tagged_and_says_what_it_was_made_from(
     names = {path.name for path in logs.iterdir()}
     assert names >= {"job.log", "console.log", "build.log", "task.log", "template.log"}
     assert "hello from the guest" in (logs / "job.log").read_text()
-    assert MAKE_ISO.split(" && ")[0] in (logs / "template.log").read_text()
+    assert "mount /dev/vdb1 /mnt" in (logs / "template.log").read_text()
 
     made_from = build["extra"]["indirection"]
-    assert made_from["input_image"]["nvr"] == INPUT
-    assert made_from["template"]["source"] == build["source"]
-    assert len(build["source"].rpartition("#")[2]) == 40, "the commit, not the branch"
+    assert [(one["role"], one["nvr"]) for one in made_from["inputs"]] == [
+        ("utility image", INPUT),
+        ("input image", INPUT),
+    ]
+    commit = build["source"].rpartition("#")[2]
+    assert len(commit) == 40, "not the branch"
+    assert made_from["template_commit"] == commit
+    if "host.recordIndirectionInputs" in session.system.listMethods():
+        components = session.listArchives(imageID=archives[iso]["id"])
+        assert [one["filename"] for one in components] == ["tiny.x86_64.qcow2"]
+
+
+def test_each_of_several_arches_has_a_subtask_and_its_own_file(
+    koji: RealKoji, submit: Submit
+) -> None:
+    task_id = submit(MAKE_ISO, arches=["x86_64", "i686"])
+    koji.wait_task(task_id, 400)
+    assert state_of(koji, task_id) == ("CLOSED", "COMPLETE"), koji.logs
+    build = build_of(koji, task_id)
+    session = koji.anonymous_session()
+    assert {
+        one["filename"].removeprefix(build["nvr"]): one["arch"]
+        for one in session.listArchives(buildID=build["id"], type="image")
+        if one["filename"].endswith(".iso")
+    } == {".x86_64.iso": "x86_64", ".i686.iso": "i686"}
+    children = session.getTaskChildren(task_id)
+    assert {one["label"] for one in children} == {"x86_64", "i686", "tag"}
+    logs = koji.topdir / "packages" / build["nvr"].replace("-", "/") / "data/logs/image"
+    assert (logs / "x86_64/job.log").exists()
+    assert (logs / "i686/job.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("can_fail", "states"), [([], ("FAILED", "FAILED")), (["i686"], ("CLOSED", "COMPLETE"))]
+)
+def test_an_arch_that_fails_fails_the_build_unless_it_may(
+    koji: RealKoji, submit: Submit, can_fail: list[str], states: tuple[str, str]
+) -> None:
+    task_id = submit(
+        MAKE_ISO,
+        arches=["x86_64", "i686"],
+        can_fail=can_fail,
+        arch_build={"i686": {"results": ["/results/other.iso"]}},
+    )
+    koji.wait_task(task_id, 400)
+    assert state_of(koji, task_id) == states
+    if can_fail:
+        build = build_of(koji, task_id)
+        archives = koji.anonymous_session().listArchives(buildID=build["id"], type="image")
+        assert {one["arch"] for one in archives} == {"x86_64"}
+    else:
+        assert "the result /results/other.iso is missing" in fault_of(koji, task_id)
 
 
 def test_a_scratch_build_leaves_its_files_and_no_build(koji: RealKoji, submit: Submit) -> None:
@@ -246,7 +303,8 @@ def test_a_missing_result_fails_the_build(koji: RealKoji, submit: Submit) -> Non
         ({"name": "unlisted"}, "the package unlisted is not in the list of the tag"),
         ({"input_image": "tiny-7-7"}, "input image tiny-7-7: there is no such build"),
         ({"template": "dead.tdl"}, "there is no template dead.tdl in the checkout"),
-        ({"arches": ["x86_64", "aarch64"]}, "one arch"),
+        ({"arches": ["x86_64", "ppc64le"]}, "ppc64le is not an arch of the build tag"),
+        ({"arches": ["x86_64", "aarch64"]}, "there is no image for aarch64, only for"),
         ({"tempalte": "x"}, "did you mean 'template'"),
     ],
 )
@@ -307,3 +365,35 @@ def test_a_build_goes_on_where_its_builder_was_restarted(koji: RealKoji, submit:
     koji.wait_task(task_id, 300)
     assert state_of(koji, task_id) == ("CLOSED", "COMPLETE")
     assert build_of(koji, task_id)["id"] == before["id"], "one build, not two"
+
+
+def test_what_a_killed_builder_leaves_running_ends_itself(koji: RealKoji, submit: Submit) -> None:
+    task_id = submit("echo running; sleep 8", MAKE_ISO)
+    wait_for_log(koji, task_id, "job.log", "running")
+    before = build_of(koji, task_id)
+    koji.builder_kill()
+    orphans = koji.builder_pids()
+    assert orphans
+    koji.builder_start(plugin_conf=builder_conf(koji))
+    deadline = time.monotonic() + 15
+    while set(orphans) & set(koji.builder_pids()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    koji.wait_task(task_id, 300)
+    assert state_of(koji, task_id) == ("CLOSED", "COMPLETE")
+    assert build_of(koji, task_id)["id"] == before["id"]
+
+
+def test_a_hub_that_restarts_meanwhile_delays_nothing_and_misses_nothing(
+    koji: RealKoji, submit: Submit
+) -> None:
+    task_id = submit("echo before; sleep 12; echo after", MAKE_ISO)
+    wait_for_log(koji, task_id, "job.log", "before")
+    koji.hub_stop()
+    time.sleep(4)
+    koji.hub_start()
+    koji.wait_task(task_id, 300)
+    assert state_of(koji, task_id) == ("CLOSED", "COMPLETE")
+    nvr = build_of(koji, task_id)["nvr"].replace("-", "/")
+    log = koji.topdir / "packages" / nvr / "data/logs/image/x86_64/job.log"
+    assert log.read_text().splitlines()[-1] == "after"
