@@ -34,16 +34,14 @@ koji.tasks.LEGACY_SIGNATURES.update(
 @export
 def indirectionBuild(spec, priority=None):
     """
-    Create a task that builds an image with the tools of another image
+    Start an image build with the tools of another image
 
     spec: what to build; koji_indirection.taskspec.SCHEMA describes it
-    priority: the amount to increase (or decrease) the task priority, relative
-              to the default priority; higher values mean lower priority; only
-              admins have the right to specify a negative priority here
+    priority: added to Koji's default priority: above 0 others go first, and below 0,
+              which needs the permission admin, this task does
 
-    Needs the image permission, and the consent of the policy named indirection.
-
-    Returns the task ID
+    Needs the permission image, and the consent of the policy named indirection.
+    Returns the id of the task.
     """
     context.session.assertPerm("image")
     checked = _task_spec(spec)
@@ -157,7 +155,9 @@ def _checked_priority(priority):
     if abs(priority) > MAX_PRIORITY:
         raise koji.ParameterError(f"priority is {priority}: give at most {MAX_PRIORITY}")
     if priority < 0 and not context.session.hasPerm("admin"):
-        raise koji.ActionNotAllowed("only admins may create high-priority tasks")
+        raise koji.ActionNotAllowed(
+            f"priority is {priority}: one below 0 needs the permission admin"
+        )
     return priority
 
 
