@@ -33,6 +33,17 @@ WEIGHT_OF_WAITING = 0.2
 class _Task(koji.tasks.BaseTaskHandler):
     """What both kinds of task have in common."""
 
+    def createWorkdir(self):
+        """A new one for each run, not one that an earlier run may still be using."""
+        if MISSING:
+            return
+        run, self._lock = kojibuild.run_directory(Path(self.workdir))
+        self.workdir = str(run)
+
+    def removeWorkdir(self):
+        if not MISSING:
+            kojibuild.remove_run_directory(Path(self.workdir), self._lock)
+
     def _suits(self, arch, hostdata):
         """A False is for good; what may change is asked in handler(), whose refusals are not."""
         return kojibuild.runs_here(arch, hostdata["arches"].split())

@@ -9,11 +9,13 @@ from __future__ import annotations
 import configparser
 import contextlib
 import dataclasses
+import fcntl
 import logging
 import os
 import platform
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,6 +142,34 @@ def _available_memory_bytes() -> int | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
+
+
+def run_directory(task_dir: Path) -> tuple[Path, int]:
+    """A new directory for one run of a task, and the lock that marks it as being in use.
+
+    kojid gives a task one directory; when kojid was killed, the run that it left behind and
+    the new one are in it for some seconds. What runs that are dead have left is removed.
+    """
+    task_dir.mkdir(parents=True, exist_ok=True)
+    for left in task_dir.glob("run-*"):
+        lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        os.close(lock)
+    path = Path(tempfile.mkdtemp(prefix="run-", dir=task_dir))
+    path.chmod(0o755)  # qemu may run as another user
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return path, lock
+
+
+def remove_run_directory(path: Path, lock: int) -> None:
+    """And the task's own, if no other run is in it."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.close(lock)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -54,10 +54,35 @@ def koji(real_koji: RealKoji) -> Iterator[RealKoji]:
 
     other = ImageFile(tiny, arch="i686", name="tiny.i686.qcow2")  # which runs on x86_64 as well
     real_koji.import_image_build(INPUT, [ImageFile(tiny, name="tiny.x86_64.qcow2"), other])
+    put_rpms(real_koji)
     with real_koji.plugins(name="indirection_tasks", hub=HUB):
         real_koji.builder_restart(plugin_conf=builder_conf(real_koji))
         yield real_koji
     real_koji.builder_restart()
+
+
+def put_rpms(koji: RealKoji) -> None:
+    """Into the input image: one that Koji built, one of a repository elsewhere.
+
+    Content generators may not import the second kind, so it is done behind the hub's back.
+    """
+    koji.admin_session().createExternalRepo("elsewhere", "http://example.com/repo")
+    koji._postgresql.execute(
+        """
+        WITH rpm AS (
+            INSERT INTO rpminfo (build_id, draft, external_repo_id, name,
+                version, release, arch, payloadhash, size, buildtime)
+            SELECT build.id, FALSE, 0, 'bash', '5', '1', 'x86_64', 'aa', 10, 20
+                FROM build JOIN package ON package.id = pkg_id WHERE name = 'tiny'
+            UNION ALL
+            SELECT NULL, NULL, id, 'kernel', '6', '1', 'x86_64', 'bb', 3000000000, 20
+                FROM external_repo WHERE name = 'elsewhere'
+            RETURNING id)
+        INSERT INTO archive_rpm_components (archive_id, rpm_id)
+            SELECT archiveinfo.id, rpm.id FROM archiveinfo, rpm
+            WHERE filename = 'tiny.x86_64.qcow2';
+        """
+    )
 
 
 def builder_conf(koji: RealKoji) -> str:
@@ -210,6 +235,10 @@ def test_a_build_is_complete_tagged_and_says_what_it_was_made_from(
         ("utility image", INPUT),
         ("input image", INPUT),
     ]
+    assert sorted(
+        (rpm["nvr"], rpm["external_repo_name"])
+        for rpm in session.listRPMs(imageID=archives[iso]["id"])
+    ) == [("bash-5-1", "INTERNAL"), ("kernel-6-1", "elsewhere")]
     commit = build["source"].rpartition("#")[2]
     assert len(commit) == 40, "not the branch"
     assert made_from["template_commit"] == commit

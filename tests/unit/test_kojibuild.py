@@ -7,6 +7,8 @@ import dataclasses
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -187,6 +189,19 @@ def test_a_host_without_enough_memory_or_space_is_unsuitable(
         kojibuild.require_host(small, "x86_64", settings)
     with pytest.raises(Unsuitable, match="the build needs"):
         kojibuild.require_space(inputs(input_image=source(size_bytes=2**60)), settings)
+
+
+def test_each_run_of_a_task_has_a_directory_and_removes_those_of_dead_ones(tmp_path: Path) -> None:
+    task = tmp_path / "tasks" / "1" / "1"
+    first, first_lock = kojibuild.run_directory(task)
+    dead = task / "run-dead"
+    (dead / "vm").mkdir(parents=True)
+    second, second_lock = kojibuild.run_directory(task)
+    assert sorted(task.iterdir()) == sorted([first, second])
+    kojibuild.remove_run_directory(first, first_lock)
+    assert list(task.iterdir()) == [second]
+    kojibuild.remove_run_directory(second, second_lock)
+    assert not task.exists()
 
 
 def test_two_signals_interrupt_once_and_the_old_handlers_come_back() -> None:
@@ -425,3 +440,42 @@ DAEMON = kojibuild.Daemon(
     upload=lambda path, name: None,
     append=lambda file, name: None,
 )
+
+
+# The plugin's file
+
+PLUGIN = Path(__file__).parents[2] / "builder" / "indirection.py"
+RUN_TASK = """
+import runpy, sys, types
+for name in sys.argv[2:]:
+    sys.modules[name] = None  # as if it were not installed
+import koji
+plugin = runpy.run_path(sys.argv[1])
+options = types.SimpleNamespace(workdir="/nowhere")
+params = [{"arches": ["x86_64"]}]
+task = plugin["IndirectionBuildTask"](1, "indirectionBuild", params, None, options)
+print(task.weight() > 0, task.checkHost({"arches": "x86_64"}))
+try:
+    task.handler(*task.params)
+except koji.GenericError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        (["koji_indirection"], "this builder cannot do indirection builds: import of koji_indir"),
+        (["lxml"], "this builder cannot do indirection builds: import of lxml"),
+        (["jsonschema", "libvirt", "guestfs", "oslo_utils"], "task spec: target is missing"),
+    ],
+)
+def test_the_plugin_loads_without_what_it_needs_and_says_so_when_a_task_comes(
+    missing: list[str], reason: str
+) -> None:
+    pytest.importorskip("koji")
+    argv = [sys.executable, "-c", RUN_TASK, str(PLUGIN), *missing]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("True True\n")
+    assert reason in done.stdout
