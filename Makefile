@@ -1,5 +1,6 @@
 # make demo    all set-up, demo images, one build, and proof that its boot.iso boots
 # make test    all set-up, lint, and every test
+# make test-koji  the tests on a real Koji: KOJI_TEST_ROOT names an unpacked one, or it is installed
 # make check   the checks that need no VM: lint and the unit tests
 # make lint    ruff and mypy
 # make clean   remove everything that make has made here
@@ -18,6 +19,9 @@ BUILDER_PACKAGES := python3 python3-venv python3-libvirt python3-guestfs \
 EXAMPLE_PACKAGES := mmdebstrap debian-archive-keyring ca-certificates fdisk uuid-runtime \
 	grub-common grub-pc-bin busybox-static kmod cpio ovmf
 TEST_PACKAGES := xz-utils gzip zstd git xorriso procps
+# What the hub, its database and kojid import and run; Koji itself is brought along.
+KOJI_PACKAGES := postgresql python3-psycopg2 python3-gssapi python3-rpm python3-dnf \
+	python3-libcomps python3-librepo python3-cheetah util-linux mount
 PACKAGES := $(BUILDER_PACKAGES) $(EXAMPLE_PACKAGES) $(TEST_PACKAGES)
 
 # Python that ruff does not find by its name.
@@ -25,7 +29,7 @@ SCRIPTS := examples/boot-iso
 
 RECIPES := $(wildcard examples/debian-utility/*)
 
-.PHONY: demo test check lint setup packages images clean
+.PHONY: demo test test-koji check lint setup packages images clean
 
 demo: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2
 	PATH="$(abspath $(BIN)):$$PATH" examples/demo $(IMAGES) $(DEMO)
@@ -33,6 +37,10 @@ demo: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2
 test: lint images
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/guest -n 2
+
+test-koji: PACKAGES += $(KOJI_PACKAGES)
+test-koji: setup $(VENV)/koji-ready
+	$(BIN)/pytest tests/koji
 
 check: lint
 	$(BIN)/pytest tests/unit
@@ -58,6 +66,10 @@ packages:
 $(VENV)/ready: setup.py pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	$(BIN)/pip install --quiet --editable '.[zstd,test]'
+	touch $@
+
+$(VENV)/koji-ready: $(VENV)/ready | packages
+	$(BIN)/pip install --quiet --editable '.[koji-test]'
 	touch $@
 
 $(IMAGES)/utility.qcow2: examples/debian-utility/make-image $(RECIPES) | packages

@@ -51,6 +51,8 @@ setup(
             "ruff",
             "lxml-stubs",
         ],
+        # To run a real Koji; its hub and kojid need Debian packages too, see the Makefile.
+        "koji-test": ["defusedxml", "gunicorn", "koji", "python-multilib"],
     },
     entry_points={"console_scripts": ["koji-indirection = koji_indirection.command:main"]},
 )

@@ -1,15 +1,22 @@
 """Settings of the machine that builds: where things go, and the limits it sets.
 
 What a user asks of one build is in spec.py; what the machine grants is here.
+Settings may come from an ini file; a key that nobody knows is refused, since a
+limit that is silently not set is worse than none.
 """
 
 from __future__ import annotations
 
+import configparser
+import difflib
 import os
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from .units import GIB, MIB
+from .errors import UsageError
+from .units import DAY_SECONDS, GIB, HOUR_SECONDS, MIB, parse_duration, parse_size
 
 
 def default_cache_dir() -> Path:
@@ -26,16 +33,45 @@ def default_work_dir() -> Path:
 
 
 @dataclass(frozen=True)
+class Download:
+    """How images are fetched over HTTP.
+
+    connect_timeout_seconds, read_timeout_seconds -- until a connection is made, and
+    between any two pieces of data.
+    total_timeout_seconds -- for one image, retries and waiting for others included.
+    retries -- cuts in a row that bring nothing new before it is given up.
+    retry_wait_seconds -- before the first retry; doubles each time.
+    max_redirects -- for each request.
+    ca_bundle -- file or directory of CA certificates; None: REQUESTS_CA_BUNDLE,
+    CURL_CA_BUNDLE or those that the requests module comes with.
+    proxy -- URL of a proxy; None: what http_proxy, https_proxy and no_proxy say.
+    """
+
+    connect_timeout_seconds: float = 30
+    read_timeout_seconds: float = 60
+    total_timeout_seconds: float = 6 * HOUR_SECONDS
+    retries: int = 5
+    retry_wait_seconds: float = 2
+    max_redirects: int = 5
+    ca_bundle: Path | None = None
+    proxy: str | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """One machine's settings, each with a default that works.
 
     connect -- libvirt URI; None finds one that works.
     accel -- "auto", "kvm" or "tcg".
     work_dir -- has room for the overlay, the workspace and unpacked images.
-    cache_dir -- verdicts and capabilities that outlive a build.
+    cache_dir -- verdicts, capabilities and fetched images, which outlive a build.
     max_image_bytes -- virtual size above which an image is refused.
     max_results, max_result_bytes -- number of results, bytes of all together.
     max_log_bytes -- of each log; of a longer one head and tail are kept.
+    max_cache_bytes -- of all fetched images together.
+    cache_keep_free_bytes -- what fetched images leave free on their file system.
+    cache_verify -- read a fetched image again, and compare its checksum, at each use.
+    download -- how images are fetched.
     """
 
     connect: str | None = None
@@ -46,3 +82,162 @@ class Settings:
     max_results: int = 50
     max_result_bytes: int = 20 * GIB
     max_log_bytes: int = 64 * MIB
+    max_cache_bytes: int = 50 * GIB
+    cache_keep_free_bytes: int = 2 * GIB
+    cache_verify: bool = False
+    download: Download = field(default_factory=Download)
+
+
+def load_settings(paths: Iterable[Path], *, other_sections: Collection[str] = ()) -> Settings:
+    """Settings from ini files; later ones win, and one that does not exist is no error.
+
+    Raises UsageError naming file, section and key.
+    """
+    parser = configparser.RawConfigParser()
+    read = []
+    for path in paths:
+        try:
+            with path.open(encoding="utf-8") as file:  # parser.read() passes over what it cannot
+                parser.read_file(file)
+            read.append(str(path))
+        except FileNotFoundError:
+            continue
+        except configparser.Error as error:
+            raise UsageError(
+                f"{path} is not an ini file: {' '.join(str(error).split())}",
+                "write sections in brackets and KEY = VALUE lines below them",
+            ) from None
+        except UnicodeDecodeError:
+            raise UsageError(f"{path} is not UTF-8 text", "save it as UTF-8") from None
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}", "check the path") from None
+    return settings_from(parser, ", ".join(read), other_sections=other_sections)
+
+
+def settings_from(
+    parser: configparser.RawConfigParser, where: str, *, other_sections: Collection[str] = ()
+) -> Settings:
+    """Settings from what was read already, by koji.read_config_files() for one.
+
+    where -- the file's name, for messages.
+    other_sections -- sections of the same file that somebody else reads.
+    Raises UsageError naming file, section and key.
+    """
+    for section in parser.sections():
+        if section not in _SECTIONS and section not in other_sections:
+            known = [*_SECTIONS, *other_sections]
+            raise UsageError(
+                f"{where}: there is no section [{section}]", _suggestion(section, known)
+            )
+    if parser.defaults():
+        raise UsageError(
+            f"{where}: there is no section [{parser.default_section}]",
+            _suggestion("", list(_SECTIONS)),
+        )
+    values = {section: _section(parser, section, where) for section in _SECTIONS}
+    return Settings(
+        **values["indirection"], **values["cache"], download=Download(**values["download"])
+    )
+
+
+# --- sections and keys ------------------------------------------------------------------------
+
+
+def _whole_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise UsageError(f"{text[:80]!r} is not a whole number", "write digits only")
+    return int(text)
+
+
+def _yes_or_no(text: str) -> bool:
+    try:
+        return configparser.RawConfigParser.BOOLEAN_STATES[text.lower()]
+    except KeyError:
+        raise UsageError(
+            f"{text[:80]!r} is neither true nor false", "write true or false"
+        ) from None
+
+
+def _seconds(text: str) -> int:
+    seconds = parse_duration(text)
+    if not 1 <= seconds <= 7 * DAY_SECONDS:
+        raise UsageError(f"{text!r} is not between 1 s and 7 d", "choose a duration in between")
+    return seconds
+
+
+def _absolute_path(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_absolute():
+        raise UsageError(f"{text[:80]!r} is not an absolute path", "begin it with a slash")
+    return path
+
+
+def _accel(text: str) -> str:
+    if text not in ("auto", "kvm", "tcg"):
+        raise UsageError(f"{text[:80]!r} is no accelerator", "write auto, kvm or tcg")
+    return text
+
+
+def _proxy(text: str) -> str:
+    if not text.startswith(("http://", "https://", "socks5://", "socks5h://")):
+        raise UsageError(f"{text[:80]!r} is not the URL of a proxy", "write it as http://HOST:PORT")
+    return text
+
+
+_Key = tuple[str, Callable[[str], Any]]
+
+# Section, key in the file -> field, and how its text is read. Units are part of the value.
+_SECTIONS: Mapping[str, Mapping[str, _Key]] = {
+    "indirection": {
+        "connect": ("connect", str),
+        "accel": ("accel", _accel),
+        "work_dir": ("work_dir", _absolute_path),
+        "cache_dir": ("cache_dir", _absolute_path),
+        "max_image_size": ("max_image_bytes", parse_size),
+        "max_results": ("max_results", _whole_number),
+        "max_result_size": ("max_result_bytes", parse_size),
+        "max_log_size": ("max_log_bytes", parse_size),
+    },
+    "cache": {
+        "max_size": ("max_cache_bytes", parse_size),
+        "keep_free": ("cache_keep_free_bytes", parse_size),
+        "verify": ("cache_verify", _yes_or_no),
+    },
+    "download": {
+        "connect_timeout": ("connect_timeout_seconds", _seconds),
+        "read_timeout": ("read_timeout_seconds", _seconds),
+        "total_timeout": ("total_timeout_seconds", _seconds),
+        "retries": ("retries", _whole_number),
+        "retry_wait": ("retry_wait_seconds", _seconds),
+        "max_redirects": ("max_redirects", _whole_number),
+        "ca_bundle": ("ca_bundle", _absolute_path),
+        "proxy": ("proxy", _proxy),
+    },
+}
+
+
+def _section(parser: configparser.RawConfigParser, section: str, where: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if not parser.has_section(section):
+        return values
+    keys = _SECTIONS[section]
+    for key in parser.options(section):
+        if key not in keys:
+            raise UsageError(
+                f"{where}: [{section}] has no key {key!r}", _suggestion(key, list(keys))
+            )
+        # raw: koji's parser interpolates, and a proxy's URL may have %40 in it.
+        text = (parser.get(section, key, raw=True) or "").strip()
+        if not text:
+            continue  # "key =" is how a sample file shows a default
+        name, read = keys[key]
+        try:
+            values[name] = read(text)
+        except UsageError as error:
+            raise UsageError(f"{where}: [{section}] {key}: {error.message}", error.hint) from None
+    return values
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"

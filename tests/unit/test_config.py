@@ -1,13 +1,139 @@
-"""Where things go when nobody says otherwise."""
+"""Settings from ini files: typed, and nothing in them is overlooked."""
 
 from __future__ import annotations
 
+import configparser
 import os
 from pathlib import Path
 
 import pytest
 
-from koji_indirection.config import Settings, default_cache_dir, default_work_dir
+from koji_indirection.config import (
+    Download,
+    Settings,
+    default_cache_dir,
+    default_work_dir,
+    load_settings,
+    settings_from,
+)
+from koji_indirection.errors import UsageError
+from koji_indirection.units import GIB, MIB
+
+WHOLE = """
+[indirection]
+connect = qemu:///system
+accel = kvm
+work_dir = /srv/work
+cache_dir = /srv/cache
+max_image_size = 100G
+max_results = 7
+max_result_size = 2 GiB
+max_log_size = 1M
+
+[cache]
+max_size = 200G
+keep_free = 5G
+verify = yes
+
+[download]
+connect_timeout = 10
+read_timeout = 2m
+total_timeout = 1h
+retries = 3
+retry_wait = 1s
+max_redirects = 0
+ca_bundle = /etc/pki/koji-ca.pem
+proxy = http://user%40realm:secret@proxy:3128
+"""
+
+
+def load(path: Path, text: str) -> Settings:
+    path.write_text(text, encoding="utf-8")
+    return load_settings([path])
+
+
+def test_every_key_is_read_with_its_unit(tmp_path: Path) -> None:
+    assert load(tmp_path / "indirection.conf", WHOLE) == Settings(
+        connect="qemu:///system",
+        accel="kvm",
+        work_dir=Path("/srv/work"),
+        cache_dir=Path("/srv/cache"),
+        max_image_bytes=100 * GIB,
+        max_results=7,
+        max_result_bytes=2 * GIB,
+        max_log_bytes=MIB,
+        max_cache_bytes=200 * GIB,
+        cache_keep_free_bytes=5 * GIB,
+        cache_verify=True,
+        download=Download(
+            connect_timeout_seconds=10,
+            read_timeout_seconds=120,
+            total_timeout_seconds=3600,
+            retries=3,
+            retry_wait_seconds=1,
+            max_redirects=0,
+            ca_bundle=Path("/etc/pki/koji-ca.pem"),
+            proxy="http://user%40realm:secret@proxy:3128",
+        ),
+    )
+
+
+def test_the_defaults_need_no_file(tmp_path: Path) -> None:
+    assert load_settings([]) == load_settings([tmp_path / "missing.conf"]) == Settings()
+    assert load(tmp_path / "empty.conf", "[indirection]\nconnect =\n# a comment\n") == Settings()
+
+
+def test_a_later_file_wins(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("[cache]\nmax_size = 1G\nverify = on\n")
+    (tmp_path / "b").write_text("[cache]\nmax_size = 2G\n")
+    settings = load_settings([tmp_path / "a", tmp_path / "b"])
+    assert (settings.max_cache_bytes, settings.cache_verify) == (2 * GIB, True)
+
+
+def test_a_parser_that_interpolates_is_read_as_the_file_stands() -> None:
+    """koji.read_config_files() gives such a one."""
+    parser = configparser.ConfigParser()
+    parser.read_string("[download]\nproxy = http://a%40b@proxy:1\n[libvirt]\nx = 1\n")
+    settings = settings_from(parser, "indirection.conf", other_sections=["libvirt"])
+    assert settings.download.proxy == "http://a%40b@proxy:1"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[cach]\nmax_size = 1G", r"there is no section \[cach\] \(did you mean 'cache'\?\)"),
+        ("[DEFAULT]\nx = 1", r"there is no section \[DEFAULT\] \(there are: indirection, cache"),
+        ("[cache]\nmax_sice = 1G", r"\[cache\] has no key 'max_sice' \(did you mean 'max_size'"),
+        ("[cache]\nmax_size = 1GB", r"\[cache\] max_size: '1GB' is not a size"),
+        ("[cache]\nverify = maybe", r"\[cache\] verify: 'maybe' is neither true nor false"),
+        ("[indirection]\naccel = xen", r"\[indirection\] accel: 'xen' is no accelerator"),
+        ("[indirection]\nwork_dir = tmp", "work_dir: 'tmp' is not an absolute path"),
+        ("[indirection]\nmax_results = -1", "max_results: '-1' is not a whole number"),
+        ("[download]\nretries = 1.5", "retries: '1.5' is not a whole number"),
+        ("[download]\nread_timeout = 0", "read_timeout: '0' is not between 1 s and 7 d"),
+        ("[download]\nread_timeout = 8d", "not between 1 s and 7 d"),
+        ("[download]\nread_timeout = soon", "read_timeout: 'soon' is not a duration"),
+        ("[download]\nproxy = proxy:3128", "proxy: 'proxy:3128' is not the URL of a proxy"),
+        ("max_size = 1G", "is not an ini file: .*no section headers"),
+        ("[cache]\nverify = 1\nverify = 0", "is not an ini file: .*already exists"),
+    ],
+)
+def test_a_mistake_is_named_with_file_section_and_key(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence) as caught:
+        load(tmp_path / "indirection.conf", text)
+    assert "indirection.conf" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "binary.conf").write_bytes(b"[cache]\n# \xff\xfe\n")
+    with pytest.raises(UsageError, match=r"binary\.conf is not UTF-8 text"):
+        load_settings([tmp_path / "binary.conf"])
+    (tmp_path / "directory.conf").mkdir()
+    with pytest.raises(UsageError, match=r"directory\.conf cannot be read"):
+        load_settings([tmp_path / "directory.conf"])
 
 
 def test_root_caches_in_var_and_others_in_their_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,275 @@
+"""Koji builder plugin: the tasks of `koji indirection-build`.
+
+Thin: it knows the daemon and the hub's calls, koji_indirection knows the rest. It needs
+koji.tasks and koji.daemon only, so it runs under kojid and under any other TaskManager.
+It must import where the library is missing: kojid would not start otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import koji
+import koji.daemon
+import koji.tasks
+
+try:
+    from koji_indirection import kojibuild
+    from koji_indirection.errors import BuilderFault, IndirectionError
+    from koji_indirection.taskspec import TaskSpec
+
+    MISSING = ""
+except ImportError as error:
+    MISSING = f"this builder cannot do indirection builds: {error}"
+
+CONFIG = "/etc/kojid/plugins/indirection.conf"
+
+# Of a VM, and of a task that only waits for others.
+WEIGHT = 2.0
+WEIGHT_OF_WAITING = 0.2
+
+
+class _Task(koji.tasks.BaseTaskHandler):
+    """What both kinds of task have in common."""
+
+    def createWorkdir(self):
+        """A new one for each run, not one that an earlier run may still be using."""
+        if MISSING:
+            return
+        run, self._lock = kojibuild.run_directory(Path(self.workdir))
+        self.workdir = str(run)
+
+    def removeWorkdir(self):
+        if not MISSING:
+            kojibuild.remove_run_directory(Path(self.workdir), self._lock)
+
+    def _suits(self, arch, hostdata):
+        """A False is for good; what may change is asked in handler(), whose refusals are not."""
+        return kojibuild.runs_here(arch, hostdata["arches"].split())
+
+    def _settings(self, spec, arch):
+        """Of this host, which must suit the arch that it is to build, if it is to build one."""
+        parser = koji.read_config_files(CONFIG)
+        settings = kojibuild.task_settings(parser, CONFIG, spec, Path(self.workdir) / "vm")
+        if arch is not None:
+            with _refusals():
+                kojibuild.require_host(spec, arch, settings)
+        return settings
+
+    # The daemon's means
+
+    def _daemon(self, spec):
+        def upload(path, name):
+            self.session.uploadWrapper(str(path), self.getUploadDir(), name)
+
+        def append(file, name):
+            koji.daemon.incremental_upload(self.session, name, file, self.getUploadDir())
+
+        topdir = getattr(self.options, "topdir", None)
+        return kojibuild.Daemon(
+            session=self.session,
+            task_id=self.id,
+            topurl=getattr(self.options, "topurl", None),
+            topdir=Path(topdir) if topdir else None,
+            work_dir=Path(self.workdir),
+            checkout=lambda url, directory: self._checkout(url, directory, spec),
+            upload=upload,
+            append=append,
+        )
+
+    def _checkout(self, url, directory, spec):
+        scm = koji.daemon.SCM(url)
+        options = self.options
+        scm.assert_allowed(
+            allowed=getattr(options, "allowed_scms", ""),
+            session=self.session,
+            by_config=getattr(options, "allowed_scms_use_config", True),
+            by_policy=getattr(options, "allowed_scms_use_policy", False),
+            policy_data={
+                "user_id": self.taskinfo["owner"],
+                "channel": self.session.getChannel(self.taskinfo["channel_id"], strict=True)[
+                    "name"
+                ],
+                "scratch": spec.scratch,
+            },
+        )
+        scm.use_common = False  # a template needs no common/ directory beside it
+        log = Path(self.workdir) / "checkout.log"
+        checkout = scm.checkout(str(directory), self.session, self.getUploadDir(), str(log))
+        return Path(checkout), scm.get_source()["source"]
+
+
+class IndirectionBuildTask(_Task):
+    """One image build: the work itself for one arch, a subtask each for several."""
+
+    Methods = ("indirectionBuild",)
+
+    def weight(self):
+        return WEIGHT if self._only_arch() else WEIGHT_OF_WAITING
+
+    def checkHost(self, hostdata):
+        arch = self._only_arch()
+        return not arch or self._suits(arch, hostdata)
+
+    def _only_arch(self):
+        """The one that this task builds itself; None for several, or what handler() refuses."""
+        spec = self.params[0] if self.params else None
+        arches = spec.get("arches") if isinstance(spec, dict) else None
+        if MISSING or not isinstance(arches, list) or len(arches) != 1:
+            return None
+        return arches[0]
+
+    def handler(self, spec):
+        if MISSING:
+            raise koji.GenericError(MISSING)
+        with _told_to_koji(), kojibuild.interrupted_once():
+            return self._build(TaskSpec.from_dict(spec))
+
+    def _build(self, spec):
+        settings = self._settings(spec, self._only_arch())
+        target = kojibuild.check_target(self.session, spec)
+        build = None if spec.scratch else kojibuild.own_build(self.session, self.id)
+        if build is None or build["state"] != kojibuild.COMPLETE:
+            daemon = self._daemon(spec)
+            inputs = kojibuild.find_inputs(daemon, spec, settings)
+            types = kojibuild.ArchiveTypes(self.session)
+            for arch in spec.arches:
+                types.check_patterns(spec.build_for(arch).results)
+            if self._only_arch():
+                with _refusals():
+                    kojibuild.require_space(inputs[self._only_arch()], settings)
+            if spec.scratch:
+                return self._scratch(daemon, spec, inputs, settings)
+            build = build or self._init_build(spec, inputs)
+            self._complete(daemon, spec, build, inputs, settings)
+        if not spec.skip_tag:
+            self._tag(target, build)
+        return {"build_id": build["id"], "nvr": _nvr(build), "task_id": self.id}
+
+    def _init_build(self, spec, inputs):
+        return self.session.host.initImageBuild(
+            self.id,
+            {
+                "name": spec.name,
+                "version": spec.version,
+                "release": kojibuild.release_of(self.session, spec),
+                "epoch": 0,
+                "source": next(iter(inputs.values())).template_source,
+                "extra": kojibuild.build_extra(spec, inputs),
+            },
+        )
+
+    def _complete(self, daemon, spec, build, inputs, settings):
+        """From BUILDING to COMPLETE, or to FAILED; an interrupted build stays as it is.
+
+        Cancelled, the hub has marked it already; with kojid stopped, the task runs again.
+        """
+        try:
+            entries = self._entries(daemon, spec, _nvr(build), inputs, settings)
+            results = kojibuild.hub_results(entries)
+            self.session.host.completeImageBuild(self.id, build["id"], results)
+        except Exception:
+            self._fail(build)
+            raise
+        built = [entry["arch"] for entry in results.values()]
+        self._record_inputs(build, {arch: inputs[arch] for arch in built})
+
+    def _entries(self, daemon, spec, nvr, inputs, settings):
+        """What each arch came to, as the hub takes it; of one that could fail maybe a fault."""
+        arch = self._only_arch()
+        if arch:
+            return [kojibuild.build_arch(daemon, spec, arch, nvr, inputs[arch], settings)]
+        tasks = {
+            arch: self.session.host.subtask(
+                method="indirectionBuildArch",
+                arglist=[spec.to_dict(), arch, nvr, inputs[arch].pinned()],
+                label=arch,
+                parent=self.id,
+                arch=arch,
+            )
+            for arch in spec.arches
+        }
+        can_fail = [tasks[arch] for arch in spec.can_fail]
+        results = self.wait(list(tasks.values()), all=True, failany=True, canfail=can_fail)
+        return list(results.values())
+
+    def _fail(self, build):
+        try:
+            self.session.cancelTaskChildren(self.id)
+            self.session.host.failBuild(self.id, build["id"])
+        except Exception as error:  # noqa: BLE001 - the reason of the failure comes first
+            self.logger.warning("build %s cannot be marked as failed: %s", build["id"], error)
+
+    def _record_inputs(self, build, inputs):
+        """With the hub's plugin, if it has this call; build.extra tells the same in any case."""
+        images = [image for arch, one in inputs.items() for image in one.images(arch)]
+        template = next(iter(inputs.values())).template_record()
+        try:
+            self.session.host.recordIndirectionInputs(self.id, build["id"], images, template)
+        except koji.GenericError as error:
+            self.logger.warning("the inputs of build %s are not linked: %s", build["id"], error)
+
+    def _scratch(self, daemon, spec, inputs, settings):
+        nvr = f"{spec.name}-{spec.version}-{kojibuild.release_of(self.session, spec)}"
+        entries = self._entries(daemon, spec, nvr, inputs, settings)
+        results = kojibuild.hub_results(entries)
+        self.session.host.moveImageBuildToScratch(self.id, results)
+        files = [name for entry in results.values() for name in entry["files"]]
+        return {"nvr": nvr, "files": files, "task_id": self.id}
+
+    def _tag(self, target, build):
+        """A label of its own: the hub gives a task that runs again the child it has already."""
+        tag_task = self.session.host.subtask(
+            method="tagBuild",
+            arglist=[target["dest_tag"], build["id"], False, None, True],
+            label="tag",
+            parent=self.id,
+            arch="noarch",
+        )
+        self.wait(tag_task)
+
+
+class IndirectionBuildArchTask(_Task):
+    """One arch of several, from what the parent task has found."""
+
+    Methods = ("indirectionBuildArch",)
+    _taskWeight = WEIGHT
+
+    def checkHost(self, hostdata):
+        return bool(MISSING) or self._suits(self.params[1], hostdata)
+
+    def handler(self, spec, arch, nvr, pinned):
+        if MISSING:
+            raise koji.GenericError(MISSING)
+        with _told_to_koji(), kojibuild.interrupted_once():
+            spec = TaskSpec.from_dict(spec)
+            daemon, settings = self._daemon(spec), self._settings(spec, arch)
+            inputs = kojibuild.pinned_inputs(daemon, spec, pinned, settings)
+            with _refusals():
+                kojibuild.require_space(inputs, settings)
+            return kojibuild.build_arch(daemon, spec, arch, nvr, inputs, settings)
+
+
+def _nvr(build):
+    return "{name}-{version}-{release}".format(**build)
+
+
+@contextlib.contextmanager
+def _told_to_koji():
+    """Errors of the library as Koji shows them to users: one sentence, no traceback."""
+    try:
+        yield
+    except BuilderFault as error:
+        raise koji.GenericError(error.one_line()) from error
+    except IndirectionError as error:
+        raise koji.BuildError(error.one_line()) from error
+
+
+@contextlib.contextmanager
+def _refusals():
+    """Soft ones, with their reason in the hub's log; only before anything has been done."""
+    try:
+        yield
+    except kojibuild.Unsuitable as error:
+        raise koji.tasks.RefuseTask(str(error)) from error

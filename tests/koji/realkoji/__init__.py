@@ -1,0 +1,1 @@
+"""A harness that runs a real Koji for tests; start with real.py."""

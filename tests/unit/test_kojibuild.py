@@ -1,0 +1,481 @@
+"""What the builder does around a build, with a stand-in for the hub where one is asked."""
+
+from __future__ import annotations
+
+import configparser
+import dataclasses
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from koji_indirection import kojibuild, sources, template
+from koji_indirection.config import _SECTIONS, Settings, load_settings
+from koji_indirection.errors import BuilderFault, BuildFailed, UsageError
+from koji_indirection.kojibuild import ArchiveTypes, Inputs, LiveLogs, Unsuitable
+from koji_indirection.taskspec import TaskSpec, check_provenance
+
+# As the hub has them: a file's longest end wins.
+EXTENSIONS = ("iso", "qcow2", "raw raw.xz", "tar.gz tgz", "json", "vmlinuz", "xml")
+
+
+class Hub:
+    """Answers from attributes; calls are kept."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, args, kwargs))
+            answer = self.answers[name]
+            return answer(*args, **kwargs) if callable(answer) else answer
+
+        return call
+
+    def getArchiveType(self, filename: str) -> dict[str, str] | None:
+        parts = filename.lower().split(".")
+        for start in range(len(parts)):
+            for extensions in EXTENSIONS:
+                if ".".join(parts[start:]) in extensions.split():
+                    return {"extensions": extensions}
+        return None
+
+
+def spec(**fields: Any) -> TaskSpec:
+    values = {
+        "target": "images",
+        "name": "live",
+        "version": "1",
+        "arches": ["x86_64"],
+        "input_image": "in-1-1",
+        "utility_image": "latest:tools@f40",
+        "template": "live.tdl",
+        "template_scm": "git+https://example.com/t.git#main",
+        **fields,
+    }
+    return TaskSpec.from_dict(values)
+
+
+def source(role: str = "input image", **fields: Any) -> sources.Source:
+    values = {
+        "reference": "in-1-1" if role == "input image" else "latest:tools@f40",
+        "role": role,
+        "nvr": "in-1-1",
+        "build_id": 7,
+        "archive_id": 70,
+        "task_id": None,
+        "filename": "in.qcow2",
+        "size_bytes": 1000,
+        "checksum": "0" * 64,
+        "checksum_type": 2,
+        "arch": "x86_64",
+        "relpath": "packages/in/1/1/images/in.qcow2",
+        **fields,
+    }
+    return sources.Source(**values)
+
+
+def inputs(**fields: Any) -> Inputs:
+    text = b"<template><commands><command name='a'>true</command></commands></template>"
+    values = {
+        "template": template.parse(text, source="live.tdl"),
+        "template_text": text,
+        "template_source": "git+https://example.com/t.git#0123abc",
+        "input_image": source(),
+        "utility_image": source("utility image", archive_id=None, nvr=None, task_id=9),
+        **fields,
+    }
+    return Inputs(**values)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("results", "names"),
+    [
+        (["boot.iso"], ["n-1-2.x86_64.iso"]),
+        (["boot.img.raw.xz"], ["n-1-2.x86_64.raw.xz"]),
+        (["BOOT.ISO"], ["n-1-2.x86_64.ISO"]),
+        (["vmlinuz"], ["n-1-2.x86_64.vmlinuz"]),
+        (
+            ["boot.iso", "live.iso", "root.tar.gz"],
+            ["boot-n-1-2.x86_64.iso", "live-n-1-2.x86_64.iso", "root-n-1-2.x86_64.tar.gz"],
+        ),
+    ],
+)
+def test_results_are_named_after_the_build_and_its_arch(
+    results: list[str], names: list[str]
+) -> None:
+    assert kojibuild.archive_names(results, "n-1-2", "x86_64", ArchiveTypes(Hub())) == names
+
+
+def test_a_result_of_no_known_type_is_told_with_what_koji_takes() -> None:
+    with pytest.raises(BuildFailed, match=r"boot\.efi is of no type that this Koji accepts"):
+        kojibuild.archive_names(["boot.efi"], "n-1-2", "x86_64", ArchiveTypes(Hub()))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["/r/boot.iso", "/r/*.iso", "/r/*", "/r/a.*", "/r/v[12].tar.gz"]
+)
+def test_patterns_that_may_be_archives_pass_before_the_vm_starts(pattern: str) -> None:
+    ArchiveTypes(Hub()).check_patterns([pattern])
+
+
+@pytest.mark.parametrize("pattern", ["/r/boot.efi", "/r/*.wim", "/r.iso/boot"])
+def test_patterns_that_cannot_be_archives_are_refused_before_the_vm_starts(pattern: str) -> None:
+    with pytest.raises(BuildFailed):
+        ArchiveTypes(Hub()).check_patterns([pattern])
+
+
+# The host
+
+
+def test_the_sample_of_the_settings_file_shows_the_defaults() -> None:
+    sample = Path(__file__).parents[2] / "builder" / "indirection.conf"
+    cache = Path("/var/cache/koji-indirection")
+    settings = load_settings([sample])
+    assert settings == dataclasses.replace(Settings(), cache_dir=cache)
+    shown = configparser.RawConfigParser()
+    shown.read(sample)
+    assert {name: set(keys) for name, keys in _SECTIONS.items()} == {
+        name: set(shown.options(name)) for name in shown.sections()
+    }
+
+
+def settings_from(text: str, **fields: Any) -> Settings:
+    parser = configparser.RawConfigParser()
+    parser.read_string(text)
+    return kojibuild.task_settings(parser, "x.conf", spec(**fields), Path("/task"))
+
+
+def test_a_task_works_in_its_own_directory_unless_the_file_names_another() -> None:
+    assert settings_from("").work_dir == Path("/task")
+    assert settings_from("[indirection]\nwork_dir =\n").work_dir == Path("/task")
+    assert settings_from("[indirection]\nwork_dir = /big\n").work_dir == Path("/big")
+
+
+def test_the_spec_chooses_the_accelerator_where_the_host_leaves_it_open() -> None:
+    assert settings_from("", accel="tcg").accel == "tcg"
+    assert settings_from("[indirection]\naccel = tcg\n").accel == "tcg"
+    asked = {"accel": "kvm"}
+    settings = settings_from("[indirection]\naccel = tcg\n", **asked)
+    with pytest.raises(Unsuitable, match="asks for kvm, this host is set to tcg"):
+        kojibuild.require_host(spec(**asked), "x86_64", settings)
+
+
+def test_a_settings_file_with_a_mistake_is_the_builders_fault() -> None:
+    with pytest.raises(BuilderFault, match="has no key 'acel'"):
+        settings_from("[indirection]\nacel = tcg\n")
+
+
+def test_a_host_without_enough_memory_or_space_is_unsuitable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(accel="tcg", work_dir=tmp_path, cache_dir=tmp_path)
+    small = spec(build={"memory_bytes": 256 * 2**20})
+    kojibuild.require_host(small, "x86_64", settings)
+    monkeypatch.setattr(kojibuild, "_available_memory_bytes", lambda: 2**20)
+    with pytest.raises(Unsuitable, match=r"of memory, 1.* are free"):
+        kojibuild.require_host(small, "x86_64", settings)
+    with pytest.raises(Unsuitable, match="the build needs"):
+        kojibuild.require_space(inputs(input_image=source(size_bytes=2**60)), settings)
+
+
+def test_each_run_of_a_task_has_a_directory_and_removes_those_of_dead_ones(tmp_path: Path) -> None:
+    task = tmp_path / "tasks" / "1" / "1"
+    first, first_lock = kojibuild.run_directory(task)
+    dead = task / "run-dead"
+    (dead / "vm").mkdir(parents=True)
+    second, second_lock = kojibuild.run_directory(task)
+    assert sorted(task.iterdir()) == sorted([first, second])
+    kojibuild.remove_run_directory(first, first_lock)
+    assert list(task.iterdir()) == [second]
+    kojibuild.remove_run_directory(second, second_lock)
+    assert not task.exists()
+
+
+def test_two_signals_interrupt_once_and_the_old_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    ended = []
+    with pytest.raises(KeyboardInterrupt), kojibuild.interrupted_once():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            ended.append(True)
+    assert ended
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# Target and build
+
+
+def target_hub(**answers: Any) -> Hub:
+    target = {"build_tag": 1, "build_tag_name": "b", "dest_tag": 2, "dest_tag_name": "d"}
+    defaults = {
+        "getBuildTarget": target,
+        "getBuildConfig": {"arches": "x86_64 i686"},
+        "getPackageConfig": {"blocked": False},
+    }
+    return Hub(**{**defaults, **answers})
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        ({"getBuildTarget": None}, "there is no build target images"),
+        ({"getBuildConfig": {"arches": None}}, "x86_64 is not an arch of the build tag b"),
+        ({"getPackageConfig": None}, "live is not in the list of the tag d"),
+        ({"getPackageConfig": {"blocked": True}}, "live is blocked in the tag d"),
+    ],
+)
+def test_a_target_that_cannot_take_the_build_is_told(answers: Any, reason: str) -> None:
+    pytest.importorskip("koji")
+    with pytest.raises(UsageError, match=reason):
+        kojibuild.check_target(target_hub(**answers), spec())
+
+
+def test_a_scratch_build_needs_no_package_in_the_tag() -> None:
+    pytest.importorskip("koji")
+    hub = target_hub(getPackageConfig=None)
+    assert kojibuild.check_target(hub, spec(scratch=True))["dest_tag"] == 2
+
+
+def test_a_task_that_runs_again_finds_its_build_and_no_failed_one() -> None:
+    builds = [{"build_id": 1, "state": 3}, {"build_id": 2, "state": 0}]
+    hub = Hub(listBuilds=builds, getBuild=lambda build_id: {"id": build_id})
+    assert kojibuild.own_build(hub, 5) == {"id": 2}
+    assert kojibuild.own_build(Hub(listBuilds=builds[:1]), 5) is None
+
+
+# Inputs
+
+
+def test_what_the_hub_is_told_of_inputs_is_what_its_schema_takes() -> None:
+    one = inputs()
+    check_provenance(spec(), one.images("x86_64"), one.template_record())
+    extra = kojibuild.build_extra(spec(), {"x86_64": one})["indirection"]
+    assert extra["template_commit"] == "0123abc"
+    assert [image["role"] for image in extra["inputs"]] == ["utility image", "input image"]
+
+
+def test_pinned_inputs_survive_the_wire() -> None:
+    pinned = inputs().pinned()
+    assert sources.Source(**pinned["input_image"]) == source()
+    assert None not in pinned.values()
+
+
+def test_a_link_in_a_checkout_does_not_lead_out(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    (checkout / "sub").mkdir(parents=True)
+    (checkout / "sub" / "real.tdl").write_text("x")
+    (checkout / "inside.tdl").symlink_to("sub/real.tdl")
+    (checkout / "outside.tdl").symlink_to("/etc/passwd")
+    (checkout / "up").symlink_to("..")
+    inside = kojibuild.file_in_checkout(checkout, "inside.tdl")
+    assert inside == (checkout / "sub" / "real.tdl").resolve()
+    for name in ("outside.tdl", "up/anything.tdl", ".git/config"):
+        with pytest.raises(BuildFailed, match="leads out of its checkout"):
+            kojibuild.file_in_checkout(checkout, name)
+    with pytest.raises(BuildFailed, match="there is no template none"):
+        kojibuild.file_in_checkout(checkout, "none")
+
+
+def test_the_list_of_rpms_has_the_place_of_those_that_koji_did_not_build() -> None:
+    rpm = {
+        **dict.fromkeys(("name", "version", "release", "arch", "payloadhash", "nvr"), "x"),
+        **dict.fromkeys(("epoch", "size", "buildtime"), 1),
+        "draft": False,
+        "external_repo_id": 0,
+        "external_repo_name": "INTERNAL",
+    }
+    external = {**rpm, "external_repo_id": 3, "external_repo_name": "fedora"}
+    hub = Hub(listRPMs=[rpm, external, {**rpm, "draft": True}])
+    listed = kojibuild.rpm_list(hub, source())
+    assert [one.get("location") for one in listed] == [None, "fedora"]
+    assert hub.calls == [("listRPMs", (), {"imageID": 70})]
+    assert kojibuild.rpm_list(hub, source(archive_id=None)) == []
+
+
+def test_results_without_an_arch_that_was_built_are_a_failure() -> None:
+    built = {"task_id": 3, "arch": "x86_64"}
+    failed = {"faultCode": 1005, "faultString": "it broke"}
+    assert kojibuild.hub_results([built, failed]) == {"3": built}
+    with pytest.raises(BuildFailed, match="no arch was built: it broke"):
+        kojibuild.hub_results([failed])
+
+
+# Live logs
+
+
+class Uploads:
+    """What has arrived at the hub; `errors` are raised first."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.files: dict[str, bytes] = {}
+
+    def __call__(self, file: IO[bytes], name: str) -> None:
+        position = file.tell()
+        data = file.read()
+        if self.errors:
+            raise self.errors.pop(0)
+        self.files[name] = self.files.get(name, b"")[:position] + data
+
+    def wait_for(self, name: str, data: bytes) -> None:
+        deadline = time.monotonic() + 5
+        while self.files.get(name) != data:
+            assert time.monotonic() < deadline, self.files
+            time.sleep(0.01)
+
+
+def always() -> bool:
+    return True
+
+
+def never_lost() -> None:
+    raise AssertionError("the task was ours")
+
+
+def test_logs_are_uploaded_while_they_grow_and_whole_at_the_end(tmp_path: Path) -> None:
+    uploads = Uploads()
+    with LiveLogs(tmp_path, uploads, always, never_lost, 0.02):
+        with (tmp_path / "job.log").open("wb", buffering=0) as job:
+            job.write(b"one\n")
+            uploads.wait_for("job.log", b"one\n")
+            job.write(b"two\n")
+        (tmp_path / "late.log").write_text("late")
+        (tmp_path / "screenshot.png").write_text("no log")
+    assert uploads.files == {"job.log": b"one\ntwo\n", "late.log": b"late"}
+
+
+def test_a_hub_that_is_away_for_a_while_misses_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uploads = Uploads(OSError("away"), OSError("away"), OSError("still away"))
+    (tmp_path / "job.log").write_text("all of it")
+    with caplog.at_level(logging.WARNING), LiveLogs(tmp_path, uploads, always, never_lost, 0.01):
+        uploads.wait_for("job.log", b"all of it")
+    assert [record.message for record in caplog.records] == [
+        "logs cannot be uploaded for now: away"
+    ]
+
+
+@pytest.mark.parametrize("code", [1004, 1006, 1007])
+def test_a_task_that_is_no_longer_ours_is_given_up_at_once(tmp_path: Path, code: int) -> None:
+    class Refused(Exception):
+        faultCode = code
+
+    lost = threading.Event()
+    (tmp_path / "job.log").write_text("x")
+    with LiveLogs(tmp_path, Uploads(Refused(), Refused()), always, lost.set, 0.01):
+        assert lost.wait(5)
+
+
+def test_a_cancelled_task_is_given_up_even_if_it_says_nothing(tmp_path: Path) -> None:
+    lost = threading.Event()
+    with LiveLogs(tmp_path, Uploads(), lambda: False, lost.set, 0.01):
+        assert lost.wait(5)
+
+
+def test_an_interrupt_does_not_wait_for_an_upload(tmp_path: Path) -> None:
+    stuck = threading.Event()
+    (tmp_path / "job.log").write_text("x")
+    started = time.monotonic()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        LiveLogs(
+            tmp_path, lambda file, name: bool(stuck.wait(30)) or None, always, never_lost, 0.01
+        ),
+    ):
+        time.sleep(0.1)
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 3
+    stuck.set()
+
+
+def test_the_task_log_has_the_reason_as_its_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "task.log"
+    with pytest.raises(BuilderFault), kojibuild.task_log(path):
+        logging.getLogger("koji_indirection.sources").info("fetching")
+        raise BuilderFault("no room", "free some")
+    assert "INFO fetching" in path.read_text()
+    assert path.read_text().endswith("ERROR builder fault: no room (free some)\n")
+
+
+def test_evidence_of_a_failed_build_is_kept_and_hides_no_reason(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "logs" / "screenshot.png").write_text("png")
+    sent = []
+
+    def upload(path: Path, name: str) -> None:
+        sent.append(name)
+        raise OSError("away")
+
+    daemon = dataclasses.replace(DAEMON, upload=upload)
+    kojibuild._keep_evidence(daemon, tmp_path, "n-1-2.x86_64.manifest.json")
+    assert sent == ["n-1-2.x86_64.manifest.json", "screenshot.png"]
+
+
+DAEMON = kojibuild.Daemon(
+    session=Hub(),
+    task_id=5,
+    topurl=None,
+    topdir=None,
+    work_dir=Path("/nowhere"),
+    checkout=lambda url, directory: (directory, url),
+    upload=lambda path, name: None,
+    append=lambda file, name: None,
+)
+
+
+# The plugin's file
+
+PLUGIN = Path(__file__).parents[2] / "builder" / "indirection.py"
+RUN_TASK = """
+import runpy, sys, types
+for name in sys.argv[2:]:
+    sys.modules[name] = None  # as if it were not installed
+import koji
+plugin = runpy.run_path(sys.argv[1])
+options = types.SimpleNamespace(workdir="/nowhere")
+params = [{"arches": ["x86_64"]}]
+task = plugin["IndirectionBuildTask"](1, "indirectionBuild", params, None, options)
+print(task.weight() > 0, task.checkHost({"arches": "x86_64"}))
+try:
+    task.handler(*task.params)
+except koji.GenericError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        (["koji_indirection"], "this builder cannot do indirection builds: import of koji_indir"),
+        (["lxml"], "this builder cannot do indirection builds: import of lxml"),
+        (["jsonschema", "libvirt", "guestfs", "oslo_utils"], "task spec: target is missing"),
+    ],
+)
+def test_the_plugin_loads_without_what_it_needs_and_says_so_when_a_task_comes(
+    missing: list[str], reason: str
+) -> None:
+    pytest.importorskip("koji")
+    argv = [sys.executable, "-c", RUN_TASK, str(PLUGIN), *missing]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("True True\n")
+    assert reason in done.stdout
