@@ -42,12 +42,16 @@ setup(
     extras_require={
         # libvirt and guestfs have no wheels; both come from the distribution.
         "zstd": ["zstandard"],
+        # The Koji plugins: Koji's own packages bring these along on hub, builder and client.
+        "koji": ["koji", "requests"],
         "test": [
             "hypothesis",
+            "koji",
             "mypy",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
+            "requests",
             "ruff",
             "lxml-stubs",
         ],

@@ -310,7 +310,7 @@ def test_a_broken_configuration_breaks_this_call_and_not_the_hub(
 
 
 def test_the_sample_configuration_is_valid_and_changes_nothing(hub: RealKoji, user: Any) -> None:
-    sample = Path(__file__).parents[2] / "docs" / "indirection-hub.conf"
+    sample = Path(__file__).parents[2] / "hub" / "indirection.conf"
     with hub_with(hub, plugin_conf=sample.read_text()):
         task = hub.task(user.indirectionBuild(wire()))
         assert user.getChannel(task["channel_id"])["name"] == "image"

@@ -112,7 +112,7 @@ def test_the_settings_are_the_defaults_where_there_is_no_file(
 def test_the_sample_file_has_every_setting_with_its_default(
     plugin: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample = PLUGIN.parents[1] / "docs" / "indirection-hub.conf"
+    sample = PLUGIN.parents[1] / "hub" / "indirection.conf"
     monkeypatch.setattr(plugin, "CONFIG_FILE", str(sample))
     assert plugin._settings() == plugin.DEFAULTS
     assert all(f"\n{key} = " in sample.read_text() for key in plugin.DEFAULTS)
