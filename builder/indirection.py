@@ -127,25 +127,32 @@ class IndirectionBuildTask(_Task):
             return self._build(TaskSpec.from_dict(spec))
 
     def _build(self, spec):
-        settings = self._settings(spec, self._only_arch())
-        target = kojibuild.check_target(self.session, spec)
         build = None if spec.scratch else kojibuild.own_build(self.session, self.id)
-        if build is None or build["state"] != kojibuild.COMPLETE:
-            daemon = self._daemon(spec)
-            inputs = kojibuild.find_inputs(daemon, spec, settings)
-            types = kojibuild.ArchiveTypes(self.session)
-            for arch in spec.arches:
-                types.check_patterns(spec.build_for(arch).results)
-            if self._only_arch():
-                with _refusals():
-                    kojibuild.require_space(inputs[self._only_arch()], settings)
-            if spec.scratch:
-                return self._scratch(daemon, spec, inputs, settings)
-            build = build or self._init_build(spec, inputs)
-            self._complete(daemon, spec, build, inputs, settings)
+        with self._failing(build):
+            settings = self._settings(spec, self._only_arch())
+            target = kojibuild.check_target(self.session, spec)
+            if build is None or build["state"] != kojibuild.COMPLETE:
+                daemon = self._daemon(spec)
+                inputs = self._inputs(daemon, spec, settings)
+                if spec.scratch:
+                    return self._scratch(daemon, spec, inputs, settings)
+                build = build or self._init_build(spec, inputs)
+                with self._failing(build):
+                    self._complete(daemon, spec, build, inputs, settings)
         if not spec.skip_tag:
             self._tag(target, build)
         return {"build_id": build["id"], "nvr": _nvr(build), "task_id": self.id}
+
+    def _inputs(self, daemon, spec, settings):
+        inputs = kojibuild.find_inputs(daemon, spec, settings)
+        types = kojibuild.ArchiveTypes(self.session)
+        for arch in spec.arches:
+            types.check_patterns(spec.build_for(arch).results)
+        arch = self._only_arch()
+        if arch is not None:
+            with _refusals():
+                kojibuild.require_space(inputs[arch], settings)
+        return inputs
 
     def _init_build(self, spec, inputs):
         return self.session.host.initImageBuild(
@@ -161,17 +168,10 @@ class IndirectionBuildTask(_Task):
         )
 
     def _complete(self, daemon, spec, build, inputs, settings):
-        """From BUILDING to COMPLETE, or to FAILED; an interrupted build stays as it is.
-
-        Cancelled, the hub has marked it already; with kojid stopped, the task runs again.
-        """
-        try:
-            entries = self._entries(daemon, spec, _nvr(build), inputs, settings)
-            results = kojibuild.hub_results(entries)
-            self.session.host.completeImageBuild(self.id, build["id"], results)
-        except Exception:
-            self._fail(build)
-            raise
+        """Build, and from BUILDING to COMPLETE."""
+        entries = self._entries(daemon, spec, _nvr(build), inputs, settings)
+        results = kojibuild.hub_results(entries)
+        self.session.host.completeImageBuild(self.id, build["id"], results)
         built = [entry["arch"] for entry in results.values()]
         self._record_inputs(build, {arch: inputs[arch] for arch in built})
 
@@ -194,7 +194,23 @@ class IndirectionBuildTask(_Task):
         results = self.wait(list(tasks.values()), all=True, failany=True, canfail=can_fail)
         return list(results.values())
 
+    @contextlib.contextmanager
+    def _failing(self, build):
+        """From BUILDING to FAILED on any error; an interrupted or refused build stays as it is.
+
+        Cancelled, the hub has marked it already; with kojid stopped, the task runs again.
+        """
+        try:
+            yield
+        except koji.tasks.RefuseTask:
+            raise
+        except Exception:
+            if build is not None:
+                self._fail(build)
+            raise
+
     def _fail(self, build):
+        """The hub refuses it for a build that is not BUILDING any more."""
         try:
             self.session.cancelTaskChildren(self.id)
             self.session.host.failBuild(self.id, build["id"])

@@ -425,4 +425,4 @@ def test_a_hub_that_restarts_meanwhile_delays_nothing_and_misses_nothing(
     assert state_of(koji, task_id) == ("CLOSED", "COMPLETE")
     nvr = build_of(koji, task_id)["nvr"].replace("-", "/")
     log = koji.topdir / "packages" / nvr / "data/logs/image/x86_64/job.log"
-    assert log.read_text().splitlines()[-1] == "after"
+    assert "\nafter\n" in log.read_text()
