@@ -8,6 +8,7 @@ It must import where the library is missing: kojid would not start otherwise.
 from __future__ import annotations
 
 import contextlib
+import xmlrpc.client
 from pathlib import Path
 
 import koji
@@ -127,25 +128,32 @@ class IndirectionBuildTask(_Task):
             return self._build(TaskSpec.from_dict(spec))
 
     def _build(self, spec):
-        settings = self._settings(spec, self._only_arch())
-        target = kojibuild.check_target(self.session, spec)
         build = None if spec.scratch else kojibuild.own_build(self.session, self.id)
-        if build is None or build["state"] != kojibuild.COMPLETE:
-            daemon = self._daemon(spec)
-            inputs = kojibuild.find_inputs(daemon, spec, settings)
-            types = kojibuild.ArchiveTypes(self.session)
-            for arch in spec.arches:
-                types.check_patterns(spec.build_for(arch).results)
-            if self._only_arch():
-                with _refusals():
-                    kojibuild.require_space(inputs[self._only_arch()], settings)
-            if spec.scratch:
-                return self._scratch(daemon, spec, inputs, settings)
+        with self._failing(build):
+            settings = self._settings(spec, self._only_arch())
+            target = kojibuild.check_target(self.session, spec)
+            complete = build is not None and build["state"] == kojibuild.COMPLETE
+            inputs = None if complete else self._inputs(spec, settings)
+        if spec.scratch:
+            return self._scratch(spec, inputs, settings)
+        if not complete:
             build = build or self._init_build(spec, inputs)
-            self._complete(daemon, spec, build, inputs, settings)
+            with self._failing(build):
+                self._complete(spec, build, inputs, settings)
         if not spec.skip_tag:
             self._tag(target, build)
         return {"build_id": build["id"], "nvr": _nvr(build), "task_id": self.id}
+
+    def _inputs(self, spec, settings):
+        inputs = kojibuild.find_inputs(self._daemon(spec), spec, settings)
+        types = kojibuild.ArchiveTypes(self.session)
+        for arch in spec.arches:
+            types.check_patterns(spec.build_for(arch).results)
+        arch = self._only_arch()
+        if arch is not None:
+            with _refusals():
+                kojibuild.require_space(inputs[arch], settings)
+        return inputs
 
     def _init_build(self, spec, inputs):
         return self.session.host.initImageBuild(
@@ -160,26 +168,20 @@ class IndirectionBuildTask(_Task):
             },
         )
 
-    def _complete(self, daemon, spec, build, inputs, settings):
-        """From BUILDING to COMPLETE, or to FAILED; an interrupted build stays as it is.
+    def _complete(self, spec, build, inputs, settings):
+        """Build, and from BUILDING to COMPLETE."""
+        entries = self._entries(spec, _nvr(build), inputs, settings)
+        results = kojibuild.hub_results(entries)
+        self.session.host.completeImageBuild(self.id, build["id"], results)
+        self._record_inputs(build, entries)
 
-        Cancelled, the hub has marked it already; with kojid stopped, the task runs again.
-        """
-        try:
-            entries = self._entries(daemon, spec, _nvr(build), inputs, settings)
-            results = kojibuild.hub_results(entries)
-            self.session.host.completeImageBuild(self.id, build["id"], results)
-        except Exception:
-            self._fail(build)
-            raise
-        built = [entry["arch"] for entry in results.values()]
-        self._record_inputs(build, {arch: inputs[arch] for arch in built})
-
-    def _entries(self, daemon, spec, nvr, inputs, settings):
-        """What each arch came to, as the hub takes it; of one that could fail maybe a fault."""
+    def _entries(self, spec, nvr, inputs, settings):
+        """What build_arch() gave for each arch; of one that could fail maybe a fault."""
         arch = self._only_arch()
         if arch:
-            return [kojibuild.build_arch(daemon, spec, arch, nvr, inputs[arch], settings)]
+            return [
+                kojibuild.build_arch(self._daemon(spec), spec, arch, nvr, inputs[arch], settings)
+            ]
         tasks = {
             arch: self.session.host.subtask(
                 method="indirectionBuildArch",
@@ -194,25 +196,40 @@ class IndirectionBuildTask(_Task):
         results = self.wait(list(tasks.values()), all=True, failany=True, canfail=can_fail)
         return list(results.values())
 
+    @contextlib.contextmanager
+    def _failing(self, build):
+        """From BUILDING to FAILED on any error; an interrupted or refused build stays as it is.
+
+        Cancelled, the hub has marked it already; with kojid stopped, the task runs again.
+        """
+        try:
+            yield
+        except koji.tasks.RefuseTask:
+            raise
+        except Exception:
+            if build is not None:
+                self._fail(build)
+            raise
+
     def _fail(self, build):
+        """The hub refuses it for a build that is not BUILDING any more."""
         try:
             self.session.cancelTaskChildren(self.id)
             self.session.host.failBuild(self.id, build["id"])
         except Exception as error:  # noqa: BLE001 - the reason of the failure comes first
             self.logger.warning("build %s cannot be marked as failed: %s", build["id"], error)
 
-    def _record_inputs(self, build, inputs):
+    def _record_inputs(self, build, entries):
         """With the hub's plugin, if it has this call; build.extra tells the same in any case."""
-        images = [image for arch, one in inputs.items() for image in one.images(arch)]
-        template = next(iter(inputs.values())).template_record()
+        images, template = kojibuild.provenance(entries)
         try:
             self.session.host.recordIndirectionInputs(self.id, build["id"], images, template)
-        except koji.GenericError as error:
+        except (koji.GenericError, xmlrpc.client.Fault) as error:
             self.logger.warning("the inputs of build %s are not linked: %s", build["id"], error)
 
-    def _scratch(self, daemon, spec, inputs, settings):
+    def _scratch(self, spec, inputs, settings):
         nvr = f"{spec.name}-{spec.version}-{kojibuild.release_of(self.session, spec)}"
-        entries = self._entries(daemon, spec, nvr, inputs, settings)
+        entries = self._entries(spec, nvr, inputs, settings)
         results = kojibuild.hub_results(entries)
         self.session.host.moveImageBuildToScratch(self.id, results)
         files = [name for entry in results.values() for name in entry["files"]]

@@ -641,7 +641,7 @@ class _Phases:
 def build_arch(
     daemon: Daemon, spec: TaskSpec, arch: str, nvr: str, inputs: Inputs, settings: Settings
 ) -> dict[str, Any]:
-    """Fetch, build, upload; returns the entry for completeImageBuild or moveImageBuildToScratch.
+    """Fetch, build, upload; returns what hub_results() and provenance() read.
 
     Logs, manifest and, after a failure, the screenshot are with the task however it ends,
     unless it is interrupted. Raises BuildFailed or BuilderFault.
@@ -673,6 +673,8 @@ def build_arch(
         "files": [*names, manifest_name(nvr, arch)],
         "logs": sorted(name for name in uploaded if name.endswith(".log")),
         "rpmlist": [] if spec.scratch else rpm_list(daemon.session, inputs.input_image),
+        "inputs": inputs.images(arch),
+        "template": inputs.template_record(),
     }
 
 
@@ -714,13 +716,29 @@ def _keep_evidence(daemon: Daemon, directory: Path, name: str) -> None:
                 log.warning("%s cannot be uploaded: %s", remote, error)
 
 
-def hub_results(entries: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def hub_results(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What completeImageBuild and moveImageBuildToScratch take, from build_arch()'s entries.
 
     The hub passes over an entry that failed, and would tag a build without any archive.
     """
-    results = {str(entry["task_id"]): entry for entry in entries if "task_id" in entry}
+    wanted = ("task_id", "arch", "files", "logs", "rpmlist")
+    results = {
+        str(entry["task_id"]): {key: entry[key] for key in wanted}
+        for entry in entries
+        if "task_id" in entry
+    }
     if not results:
         reasons = [str(entry.get("faultString", "unknown")) for entry in entries]
         raise BuildFailed(f"no arch was built: {'; '.join(reasons)}")
     return results
+
+
+def provenance(
+    entries: Sequence[Mapping[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The images of all arches that were built, and what is known of the template.
+
+    As each arch has used them: a parent that runs again may find other ones than its subtasks.
+    """
+    built = [entry for entry in entries if "task_id" in entry]
+    return [image for entry in built for image in entry["inputs"]], built[0]["template"]

@@ -30,7 +30,7 @@ RESULTS = "mount /dev/vdb1 /mnt && cd /mnt && mkdir -p results/images"
 MAKE_ISO = f"{RESULTS} && echo made >results/images/boot.iso"
 SMALL = {"memory_bytes": 256 * 2**20, "cpus": 1, "workspace_size_bytes": 2**30}
 
-# For a hub without our plugin: a task is all that the builder needs.
+# Past what our hub plugin would refuse already: the builder must not rely on it.
 HUB = """
 import kojihub
 from koji.plugin import export
@@ -242,9 +242,8 @@ def test_a_build_is_complete_tagged_and_says_what_it_was_made_from(
     commit = build["source"].rpartition("#")[2]
     assert len(commit) == 40, "not the branch"
     assert made_from["template_commit"] == commit
-    if "host.recordIndirectionInputs" in session.system.listMethods():
-        components = session.listArchives(imageID=archives[iso]["id"])
-        assert [one["filename"] for one in components] == ["tiny.x86_64.qcow2"]
+    components = session.listArchives(imageID=archives[iso]["id"])
+    assert [one["filename"] for one in components] == ["tiny.x86_64.qcow2"]
 
 
 def test_each_of_several_arches_has_a_subtask_and_its_own_file(
@@ -425,4 +424,4 @@ def test_a_hub_that_restarts_meanwhile_delays_nothing_and_misses_nothing(
     assert state_of(koji, task_id) == ("CLOSED", "COMPLETE")
     nvr = build_of(koji, task_id)["nvr"].replace("-", "/")
     log = koji.topdir / "packages" / nvr / "data/logs/image/x86_64/job.log"
-    assert log.read_text().splitlines()[-1] == "after"
+    assert "\nafter\n" in log.read_text()

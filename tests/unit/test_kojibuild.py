@@ -310,9 +310,12 @@ def test_the_list_of_rpms_has_the_place_of_those_that_koji_did_not_build() -> No
 
 
 def test_results_without_an_arch_that_was_built_are_a_failure() -> None:
-    built = {"task_id": 3, "arch": "x86_64"}
+    built = {"task_id": 3, "arch": "x86_64", "files": ["a"], "logs": ["b"], "rpmlist": []}
     failed = {"faultCode": 1005, "faultString": "it broke"}
-    assert kojibuild.hub_results([built, failed]) == {"3": built}
+    made_from = {"inputs": [{"role": "input image"}], "template": {"template_sha256": "0"}}
+    entries = [failed, {**built, **made_from}]
+    assert kojibuild.hub_results(entries) == {"3": built}
+    assert kojibuild.provenance(entries) == (made_from["inputs"], made_from["template"])
     with pytest.raises(BuildFailed, match="no arch was built: it broke"):
         kojibuild.hub_results([failed])
 
