@@ -40,7 +40,7 @@ test: lint images
 	$(BIN)/pytest tests/guest -n 2
 
 test-koji: PACKAGES += $(KOJI_PACKAGES)
-test-koji: setup $(VENV)/koji-ready
+test-koji: setup $(VENV)/koji-ready $(IMAGES)/tiny.qcow2
 	$(BIN)/pytest tests/koji
 
 check: lint

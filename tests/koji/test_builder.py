@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from realkoji.real import RealKoji
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TINY = (REPOSITORY / ".cache/images/tiny.qcow2", Path("/work/images/tiny.qcow2"))
+TINY = REPOSITORY / ".cache/images/tiny.qcow2"
 
 INPUT = "tiny-1-1"
 NAME = "live"
@@ -47,13 +47,12 @@ _numbers = itertools.count(1)
 @pytest.fixture(scope="module")
 def koji(real_koji: RealKoji) -> Iterator[RealKoji]:
     """The real Koji with our builder plugin, and the tiny image as the build INPUT."""
-    tiny = next((path for path in TINY if path.exists()), None)
-    if tiny is None:
-        pytest.skip(f"there is no {TINY[0]}: run make images")
+    if not TINY.exists():
+        pytest.skip(f"there is no {TINY}: run make images")
     from realkoji.real import ImageFile
 
-    other = ImageFile(tiny, arch="i686", name="tiny.i686.qcow2")  # which runs on x86_64 as well
-    real_koji.import_image_build(INPUT, [ImageFile(tiny, name="tiny.x86_64.qcow2"), other])
+    other = ImageFile(TINY, arch="i686", name="tiny.i686.qcow2")  # which runs on x86_64 as well
+    real_koji.import_image_build(INPUT, [ImageFile(TINY, name="tiny.x86_64.qcow2"), other])
     put_rpms(real_koji)
     with real_koji.plugins(name="indirection_tasks", hub=HUB):
         real_koji.builder_restart(plugin_conf=builder_conf(real_koji))
