@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import time
 import urllib.request
 import warnings
@@ -126,22 +125,8 @@ def template(commands: Sequence[str]) -> bytes:
 
 
 def repository(koji: RealKoji, content: bytes) -> str:
-    """The URL of a new git repository with the template, served without a git server."""
-    name = f"template-{next(_numbers)}"
-    work = koji.work / name
-    work.mkdir()
-    (work / "live.tdl").write_bytes(content)
-    bare = koji.topdir / "scm" / f"{name}.git"
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
-    for argv in (
-        [*git, "init", "-q", "-b", "main"],
-        [*git, "add", "live.tdl"],
-        [*git, "commit", "-q", "-m", "A template"],
-        [*git, "clone", "-q", "--bare", str(work), str(bare)],
-        [*git, "-C", str(bare), "update-server-info"],
-    ):
-        subprocess.run(argv, cwd=work, check=True)
-    return f"git+{koji.topurl}/scm/{name}.git#main"
+    """The URL of a new git repository with the template."""
+    return koji.git_repository(f"template-{next(_numbers)}", {"live.tdl": content})
 
 
 def upload(session: Any, content: bytes, koji: RealKoji) -> str:

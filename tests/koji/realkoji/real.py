@@ -412,6 +412,24 @@ class RealKoji:
     def add_package(self, name: str, tag: str = DEST_TAG) -> None:
         self._admin.packageListAdd(tag, name, ADMIN)
 
+    def git_repository(self, name: str, files: Mapping[str, bytes]) -> str:
+        """Make a git repository of these files, served without a git server; returns URL#REF."""
+        work = self.work / name
+        work.mkdir()
+        for file_name, content in files.items():
+            (work / file_name).write_bytes(content)
+        bare = self.topdir / "scm" / f"{name}.git"
+        git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
+        for argv in (
+            [*git, "init", "-q", "-b", "main"],
+            [*git, "add", "."],
+            [*git, "commit", "-q", "-m", "A template"],
+            [*git, "clone", "-q", "--bare", str(work), str(bare)],
+            [*git, "-C", str(bare), "update-server-info"],
+        ):
+            subprocess.run(argv, cwd=work, check=True)
+        return f"git+{self.topurl}/scm/{name}.git#main"
+
     def import_image_build(
         self,
         nvr: str,
