@@ -304,7 +304,7 @@ def _explain(field: str, error: Any) -> UsageError:
     if error.validator == "enum":
         return UsageError(wrong, f"it must be one of {', '.join(limit)}")
     if error.validator == "uniqueItems":
-        twice = next(item for index, item in enumerate(value) if item in value[:index])
+        twice = next((one for n, one in enumerate(value) if one in value[:n]), value)
         return UsageError(f"build spec: {field} has {_shown(twice)} twice", "name it once")
     if error.validator == "minItems":
         return UsageError(f"build spec: {field} is empty", "name at least one path")
