@@ -149,7 +149,8 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
-def _yes_or_no(text: str) -> bool:
+def yes_or_no(text: str) -> bool:
+    """What ini files mean by yes, true, on and 1, and by their opposites; UsageError else."""
     try:
         return configparser.RawConfigParser.BOOLEAN_STATES[text.lower()]
     except KeyError:
@@ -201,7 +202,7 @@ _SECTIONS: Mapping[str, Mapping[str, _Key]] = {
     "cache": {
         "max_size": ("max_cache_bytes", parse_size),
         "keep_free": ("cache_keep_free_bytes", parse_size),
-        "verify": ("cache_verify", _yes_or_no),
+        "verify": ("cache_verify", yes_or_no),
     },
     "download": {
         "connect_timeout": ("connect_timeout_seconds", _seconds),

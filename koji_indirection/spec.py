@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from .errors import BuilderFault, UsageError
+from . import schema
+from .errors import UsageError
+from .schema import shown
 from .units import DAY_SECONDS, GIB, HOUR_SECONDS, MIB, TIB, format_duration, format_size
 
 DEFAULT_RESULT = "/results/images/boot.iso"
@@ -224,7 +226,7 @@ class BuildSpec:
         """
         if not isinstance(data, Mapping):
             raise UsageError(
-                f"a build spec is an object with fields, not {_shown(data)}",
+                f"a build spec is an object with fields, not {shown(data)}",
                 "see the schema in the documentation",
             )
         known = [field.name for field in fields(cls)]
@@ -234,7 +236,7 @@ class BuildSpec:
                 close = [name for name in known if name.startswith(f"{key}_")]
                 close = close or difflib.get_close_matches(str(key), known, n=1)
                 raise UsageError(
-                    f"build spec: there is no field {_shown(key)}",
+                    f"build spec: there is no field {shown(key)}",
                     f"did you mean {close[0]!r}?" if close else f"fields are {', '.join(known)}",
                 )
         return cls(**data)
@@ -266,21 +268,7 @@ class BuildSpec:
 
 @functools.lru_cache(maxsize=1)
 def _validator() -> Any:
-    try:
-        import jsonschema
-    except ImportError as error:
-        raise BuilderFault(
-            "build specs cannot be checked: the Python module jsonschema is missing",
-            "install python3-jsonschema",
-        ) from error
-    # JSON schema takes 2.0 for an integer; we do not, nor a tuple for anything but an array.
-    types = jsonschema.Draft7Validator.TYPE_CHECKER.redefine_many(
-        {
-            "integer": lambda _, value: isinstance(value, int) and not isinstance(value, bool),
-            "array": lambda _, value: isinstance(value, (list, tuple)),
-        }
-    )
-    return jsonschema.validators.extend(jsonschema.Draft7Validator, type_checker=types)(SCHEMA)
+    return schema.validator(SCHEMA, what="build spec")
 
 
 def _check_fields(values: dict[str, Any]) -> None:
@@ -289,43 +277,17 @@ def _check_fields(values: dict[str, Any]) -> None:
 
 
 def _explain(field: str, error: Any) -> UsageError:
-    """One of jsonschema's errors as a sentence and a hint."""
-    limit, value = error.validator_value, error.instance
-    wrong = f"build spec: {field} is {_shown(value)}"
-    if len(error.absolute_path) > 1:
-        wrong = f"build spec: {field} has {_shown(value)} in it"
-    if error.validator == "type":
-        names = [limit] if isinstance(limit, str) else list(limit)
-        wanted = " or ".join(_TYPE_NAMES[name] for name in names)
-        return UsageError(f"{wrong}, which is not {wanted}", f"give {wanted}")
+    wanted = _WANTED.get(field, _WANTED_PATH)
+    wrong = schema.wrong_value("build spec", field, error)
     if error.validator in ("minimum", "maximum"):
         which = "least" if error.validator == "minimum" else "most"
-        return UsageError(wrong, f"it must be at {which} {_with_unit(field, limit)}")
-    if error.validator == "enum":
-        return UsageError(wrong, f"it must be one of {', '.join(limit)}")
-    if error.validator == "uniqueItems":
-        twice = next((one for n, one in enumerate(value) if one in value[:n]), value)
-        return UsageError(f"build spec: {field} has {_shown(twice)} twice", "name it once")
-    if error.validator == "minItems":
-        return UsageError(f"build spec: {field} is empty", "name at least one path")
-    if error.validator == "maxItems":
-        return UsageError(
-            f"build spec: {field} has {len(value)} paths", f"at most {limit} are allowed"
-        )
-    if error.validator == "maxLength" and field not in ("input_device", "workspace_device"):
-        return UsageError(
-            f"{wrong}, which is {len(value)} characters long", f"at most {limit} are allowed"
-        )
-    return UsageError(wrong, _WANTED.get(field, _WANTED_PATH))
+        limit = _with_unit(field, error.validator_value)
+        return UsageError(wrong, f"it must be at {which} {limit}")
+    if error.validator == "maxLength" and wanted is _WANTED_DEVICE:
+        return UsageError(wrong, wanted)
+    return schema.explain("build spec", field, error, wanted=wanted, member="path", members="paths")
 
 
-_TYPE_NAMES = {
-    "array": "a list",
-    "boolean": "true or false",
-    "integer": "a whole number",
-    "null": "null",
-    "string": "a string",
-}
 _WANTED_PATH = "give an absolute path or glob, such as /results/*.iso, on one line"
 _WANTED_DEVICE = "give the name alone: vdb or vdc"
 _WANTED = {
@@ -346,13 +308,13 @@ def _check_paths(spec: BuildSpec) -> None:
     _check_path("input_filename", path, wanted)
     if any(part.startswith("-") for part in path.split("/")):
         raise UsageError(
-            f"build spec: input_filename is {_shown(path)}, part of which starts with a dash",
+            f"build spec: input_filename is {shown(path)}, part of which starts with a dash",
             "a command in the template would take it for an option",
         )
 
 
 def _check_path(field: str, path: str, wanted: str) -> None:
-    what = f"build spec: {field} has {_shown(path)}"
+    what = f"build spec: {field} has {shown(path)}"
     # More than the schema's pattern can say: Python's $ lets a final line break through,
     # and half a surrogate pair could never be written to a log.
     if not path.isprintable():
@@ -409,8 +371,3 @@ def _with_unit(field: str, limit: int) -> str:
     if field.endswith("_seconds"):
         return f"{limit} ({format_duration(limit)})"
     return str(limit)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .config import yes_or_no
 from .errors import BuildFailed, IndirectionError, UsageError
 from .sources import HubSession, Reference, Source, resolve
 from .spec import DEFAULT_INPUT_FILENAME, DEFAULT_RESULT, BuildSpec
@@ -35,15 +36,6 @@ _FOREIGN_SECTIONS = ("image-build", "factory-parameters", "ova-options")
 BACKGROUND_PRIORITY = 5
 
 # --- how a value is read ----------------------------------------------------------------------
-
-
-def _yes_or_no(text: str) -> bool:
-    try:
-        return configparser.RawConfigParser.BOOLEAN_STATES[text.lower()]
-    except KeyError:
-        raise UsageError(
-            f"{text[:80]!r} is neither true nor false", "write true or false"
-        ) from None
 
 
 def _whole_number(text: str) -> int:
@@ -107,7 +99,7 @@ class Option:
 def _flag(flag: str, help_: str, *, opposite: str = "") -> Option:
     name = flag[2:]
     field = name.replace("-", "_")
-    return Option(flag, "", help_, field, _yes_or_no, opposite or f"--no-{name}")
+    return Option(flag, "", help_, field, yes_or_no, opposite or f"--no-{name}")
 
 
 _BUILD = BuildSpec()

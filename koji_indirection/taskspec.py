@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+from . import schema
 from . import spec as _spec
-from .errors import BuilderFault, UsageError
+from .errors import UsageError
+from .schema import shown
 from .spec import BuildSpec
 
 # The clients' directory below the hub's work/; each upload has its own below it.
@@ -248,7 +250,7 @@ class TaskSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.build, BuildSpec):
             raise UsageError(
-                f"task spec: build is {_shown(self.build)}, which is not a build spec",
+                f"task spec: build is {shown(self.build)}, which is not a build spec",
                 "give an object with the build spec's fields",
             )
         _check_fields({name: getattr(self, name) for name in _OWN_FIELDS})
@@ -270,7 +272,7 @@ class TaskSpec:
         """
         if not isinstance(data, Mapping):
             raise UsageError(
-                f"a task spec is an object with fields, not {_shown(data)}",
+                f"a task spec is an object with fields, not {shown(data)}",
                 "see the schema in the documentation",
             )
         known = [one.name for one in fields(cls)]
@@ -278,7 +280,7 @@ class TaskSpec:
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1)
                 raise UsageError(
-                    f"task spec: there is no field {_shown(key)}", _unknown_hint(key, close)
+                    f"task spec: there is no field {shown(key)}", _unknown_hint(key, close)
                 )
         for key in SCHEMA["required"]:
             if key not in data:
@@ -336,7 +338,7 @@ def check_provenance(spec: TaskSpec, inputs: Any, extra: Any) -> None:
         asked = spec.utility_image if one["role"] == INPUT_ROLES[0] else spec.input_image
         if one["reference"] != asked:
             raise UsageError(
-                f"{what} is {_shown(one['reference'])}, but the task's {one['role']} is {asked!r}"
+                f"{what} is {shown(one['reference'])}, but the task's {one['role']} is {asked!r}"
             )
         if (one.get("archive_id") is None) == (one.get("task_id") is None):
             raise UsageError(
@@ -353,26 +355,8 @@ _OWN_FIELDS = [one.name for one in fields(TaskSpec) if one.name not in ("build",
 
 @functools.lru_cache(maxsize=1)
 def _validator() -> Any:
-    schema = {"properties": {name: SCHEMA["properties"][name] for name in _OWN_FIELDS}}
-    return _validator_class()(schema)
-
-
-def _validator_class() -> Any:
-    try:
-        import jsonschema
-    except ImportError as error:
-        raise BuilderFault(
-            "task specs cannot be checked: the Python module jsonschema is missing",
-            "install python3-jsonschema",
-        ) from error
-    # JSON schema takes 2.0 for an integer; we do not, nor a tuple for anything but an array.
-    types = jsonschema.Draft7Validator.TYPE_CHECKER.redefine_many(
-        {
-            "integer": lambda _, value: isinstance(value, int) and not isinstance(value, bool),
-            "array": lambda _, value: isinstance(value, (list, tuple)),
-        }
-    )
-    return jsonschema.validators.extend(jsonschema.Draft7Validator, type_checker=types)
+    own = {"properties": {name: SCHEMA["properties"][name] for name in _OWN_FIELDS}}
+    return schema.validator(own, what="task spec")
 
 
 def _check_fields(values: dict[str, Any]) -> None:
@@ -381,39 +365,11 @@ def _check_fields(values: dict[str, Any]) -> None:
 
 
 def _explain(name: str, error: Any) -> UsageError:
-    """One of jsonschema's errors as a sentence and a hint."""
-    limit, value = error.validator_value, error.instance
-    wrong = f"task spec: {name} is {_shown(value)}"
-    if len(error.absolute_path) > 1:
-        wrong = f"task spec: {name} has {_shown(value)} in it"
-    if error.validator == "type":
-        names = [limit] if isinstance(limit, str) else list(limit)
-        wanted = " or ".join(_TYPE_NAMES[one] for one in names)
-        return UsageError(f"{wrong}, which is not {wanted}", f"give {wanted}")
-    if error.validator == "enum":
-        return UsageError(wrong, f"it must be one of {', '.join(limit)}")
-    if error.validator == "uniqueItems":
-        twice = next((one for n, one in enumerate(value) if one in value[:n]), value)
-        return UsageError(f"task spec: {name} has {_shown(twice)} twice", "name it once")
-    if error.validator == "minItems":
-        return UsageError(f"task spec: {name} is empty", "name at least one arch")
-    if error.validator == "maxItems":
-        return UsageError(
-            f"task spec: {name} has {len(value)} entries", f"at most {limit} are allowed"
-        )
-    if error.validator == "maxLength":
-        return UsageError(
-            f"{wrong}, which is {len(value)} characters long", f"at most {limit} are allowed"
-        )
-    return UsageError(wrong, _WANTED[name])
+    return schema.explain(
+        "task spec", name, error, wanted=_WANTED.get(name, ""), member="arch", members="entries"
+    )
 
 
-_TYPE_NAMES = {
-    "array": "a list",
-    "boolean": "true or false",
-    "null": "null",
-    "string": "a string",
-}
 _WANTED_ARCH = "name arches as Koji does: x86_64, aarch64"
 _WANTED_REFERENCE = "write an NVR, build:ID, task:ID or latest:PACKAGE@TAG"
 _WANTED_VERSION = "use letters, digits, '.', '_', '+', '~' and '^'; no dash"
@@ -436,7 +392,7 @@ _WANTED = {
 
 
 def _check_provenance_fields(inputs: Any, extra: Any) -> None:
-    validator = _validator_class()(PROVENANCE_SCHEMA)
+    validator = schema.validator(PROVENANCE_SCHEMA, what="task spec")
     for error in validator.iter_errors({"inputs": inputs, "extra": extra}):
         path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error.absolute_path)
         raise UsageError(f"provenance: {path[1:]}: {error.message[:300]}")
@@ -445,20 +401,20 @@ def _check_provenance_fields(inputs: Any, extra: Any) -> None:
 def _frozen(arch_build: Any) -> Mapping[str, Mapping[str, Any]]:
     if not isinstance(arch_build, Mapping):
         raise UsageError(
-            f"task spec: arch_build is {_shown(arch_build)}, which is not an object",
+            f"task spec: arch_build is {shown(arch_build)}, which is not an object",
             "give an object of build spec fields for each arch",
         )
     out = {}
     for arch, partial in arch_build.items():
         if not isinstance(partial, Mapping):
             raise UsageError(
-                f"task spec: arch_build has {_shown(partial)} for {_shown(arch)}",
+                f"task spec: arch_build has {shown(partial)} for {shown(arch)}",
                 "give an object with fields of the build spec",
             )
         for key, value in partial.items():
             if value is None:
                 raise UsageError(
-                    f"task spec: arch_build has null for {_shown(key)} of {_shown(arch)}",
+                    f"task spec: arch_build has null for {shown(key)} of {shown(arch)}",
                     "leave the field out",
                 )
         out[arch] = MappingProxyType(
@@ -472,7 +428,7 @@ def _check_arches(spec: TaskSpec) -> None:
         for arch in getattr(spec, name):
             if arch not in spec.arches:
                 raise UsageError(
-                    f"task spec: {name} has {_shown(arch)}, which is not in arches",
+                    f"task spec: {name} has {shown(arch)}, which is not in arches",
                     f"arches are {', '.join(spec.arches)}",
                 )
 
@@ -486,14 +442,14 @@ def _check_strings(spec: TaskSpec) -> None:
             if isinstance(text, str) and not text.isprintable():
                 raise UsageError(
                     f"task spec: {name} has a line break or a control character in it: "
-                    f"{_shown(text)}",
+                    f"{shown(text)}",
                     _WANTED[name],
                 )
     for name in ("input_image", "utility_image"):
         kind, _, number = getattr(spec, name).partition(":")
         if kind in ("build", "task") and not 0 < int(number) <= MAX_ID:
             raise UsageError(
-                f"task spec: {name} is {_shown(getattr(spec, name))}, which is no id in Koji",
+                f"task spec: {name} is {shown(getattr(spec, name))}, which is no id in Koji",
                 f"ids are from 1 to {MAX_ID}",
             )
 
@@ -508,12 +464,12 @@ def _check_template(spec: TaskSpec) -> None:
     parts = spec.template.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise UsageError(
-            f"task spec: template is {_shown(spec.template)}, which is no plain path",
+            f"task spec: template is {shown(spec.template)}, which is no plain path",
             _WANTED["template"],
         )
     if spec.template_upload is not None and len(parts) > 1:
         raise UsageError(
-            f"task spec: template is {_shown(spec.template)}, but an upload is one file",
+            f"task spec: template is {shown(spec.template)}, but an upload is one file",
             "give the file's name alone",
         )
 
@@ -524,8 +480,3 @@ def _unknown_hint(key: object, close: list[str]) -> str:
     if key in SCHEMA["properties"]["build"]["properties"]:
         return "it is a field of the build spec: put it into build"
     return f"fields are {', '.join(one.name for one in fields(TaskSpec))}"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
