@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakeguest import FakeGuest
 
 from koji_indirection import guest
-from koji_indirection.appliance import ApplianceError
 from koji_indirection.errors import BuildFailed
+from koji_indirection.initsystem import Start
 from koji_indirection.template import Command
 
 COMMANDS = [
@@ -48,22 +49,6 @@ JOB_FILES = {
     "etc/koji-indirection/commands/0002.cmd": (0o755, "#!/usr/bin/env python3\nprint('ü')\n"),
     "etc/koji-indirection/commands/0002.head": (0o644, "=== command 2 of 2: make it\n"),
 }
-MASKED = [
-    "NetworkManager-wait-online.service",
-    "systemd-networkd-wait-online.service",
-    "ifupdown-wait-online.service",
-    "systemd-time-wait-sync.service",
-    "systemd-firstboot.service",
-    "initial-setup.service",
-    "initial-setup-text.service",
-    "initial-setup-graphical.service",
-    "cloud-init-local.service",
-    "cloud-init.service",
-    "cloud-config.service",
-    "cloud-final.service",
-    "kdump.service",
-    "snapd.seeded.service",
-]
 
 
 def tree(archive: bytes) -> dict[str, Any]:
@@ -83,132 +68,42 @@ def tree(archive: bytes) -> dict[str, Any]:
     return found
 
 
-def archive(init: str, selinux_config: str | None = None) -> bytes:
+START = Start("any", {"etc/start": ("x", 0o755)}, {"etc/link": "start"})
+
+
+def archive(selinux_config: str | None = None) -> bytes:
     return guest.job_archive(
-        COMMANDS, workspace_partition="/dev/vdc1", init=init, selinux_config=selinux_config
+        COMMANDS, workspace_partition="/dev/vdc1", start=START, selinux_config=selinux_config
     )
 
 
 # The archive
 
 
-def test_the_whole_tree_for_a_guest_with_systemd() -> None:
-    units = "etc/systemd/system"
-    service = resources.files("koji_indirection").joinpath("job", "koji-indirection.service")
-    assert tree(archive("systemd")) == {
-        **JOB_FILES,
-        f"{units}/koji-indirection.service": (0o644, service.read_text(encoding="utf-8")),
-        "etc/cloud/cloud-init.disabled": (0o644, ""),
-        f"{units}/multi-user.target.wants/koji-indirection.service": (
-            "-> ../koji-indirection.service"
-        ),
-        f"{units}/default.target": "-> /lib/systemd/system/multi-user.target",
-        **{f"{units}/{unit}": "-> /dev/null" for unit in MASKED},
-    }
-
-
-def test_the_whole_tree_for_a_guest_with_rc_local() -> None:
-    assert tree(archive("rc.local")) == {
-        **JOB_FILES,
-        "etc/rc.local": (
-            0o755,
-            "#!/bin/sh\n[ -x /etc/rc.local.own ] && /etc/rc.local.own\n"
-            "/bin/sh /etc/koji-indirection/run </dev/null >/dev/null 2>&1 &\n",
-        ),
-    }
+def test_the_whole_tree_is_the_job_and_what_starts_it() -> None:
+    assert tree(archive()) == {**JOB_FILES, "etc/start": (0o755, "x"), "etc/link": "-> start"}
 
 
 def test_a_permissive_selinux_config_is_part_of_it() -> None:
-    assert tree(archive("systemd", "SELINUX=permissive\n"))["etc/selinux/config"] == (
+    assert tree(archive("SELINUX=permissive\n"))["etc/selinux/config"] == (
         0o644,
         "SELINUX=permissive\n",
     )
-    assert "etc/selinux/config" not in tree(archive("systemd"))
-
-
-@pytest.mark.parametrize("init", ["systemd", "rc.local"])
-def test_no_name_is_absolute_or_climbs_and_all_is_below_etc(init: str) -> None:
-    for name in tree(archive(init, "x")):
-        assert name.startswith("etc/")
-        assert ".." not in name.split("/")
+    assert "etc/selinux/config" not in tree(archive())
 
 
 def test_a_hundred_commands_keep_their_order_under_a_glob() -> None:
     commands = [Command(f"n{number}", f"echo {number}") for number in range(1, 101)]
     files = tree(
         guest.job_archive(
-            commands, workspace_partition="/dev/vdb1", init="rc.local", selinux_config=None
+            commands, workspace_partition="/dev/vdb1", start=START, selinux_config=None
         )
     )
     in_order = [files[name][1] for name in sorted(files) if name.endswith(".cmd")]
     assert in_order == [f"echo {number}\n" for number in range(1, 101)]
 
 
-def test_the_unit_has_no_sandbox_and_no_deadline() -> None:
-    lines = tree(archive("systemd"))["etc/systemd/system/koji-indirection.service"][1].splitlines()
-    assert {"PrivateTmp=no", "TimeoutStartSec=0", "StandardInput=null"} <= set(lines)
-    for word in (
-        "PrivateDevices",
-        "PrivateMounts",
-        "ProtectSystem",
-        "NoNewPrivileges",
-        "DynamicUser",
-    ):
-        assert not any(line.startswith(word) for line in lines)
-
-
 # What is found in the image
-
-
-class FakeGuest:
-    """The guestfs calls that inject() makes, on a few files in a dictionary."""
-
-    def __init__(self, files: dict[str, str], devices: dict[str, str] | None = None) -> None:
-        self.files = files
-        self.devices = devices if devices is not None else {"/dev/sda1": "ext4"}
-        self.calls: list[tuple[Any, ...]] = []
-        self.archive = b""
-        self.is_mounted = False
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append((method, *args))
-        return getattr(self, method)(*args, **kwargs)
-
-    def list_filesystems(self) -> dict[str, str]:
-        return self.devices
-
-    def mount(self, device: str, _directory: str) -> None:
-        if "broken" in device:
-            raise ApplianceError("mount", "wrong fs type")
-        self.is_mounted = device == "/dev/sda1"
-
-    def umount_all(self) -> None:
-        self.is_mounted = False
-
-    def exists(self, path: str) -> bool:
-        return self.is_mounted and path in self.files
-
-    is_symlink = exists
-
-    def is_file(self, path: str, followsymlinks: bool = False) -> bool:
-        return self.exists(path)
-
-    def is_dir(self, path: str, followsymlinks: bool = False) -> bool:
-        return self.is_mounted and any(name.startswith(path + "/") for name in self.files)
-
-    def pread(self, path: str, count: int, offset: int) -> str:
-        return self.files[path][offset : offset + count]
-
-    def inspect_os(self) -> list[str]:
-        return []
-
-    def mv(self, source: str, target: str) -> None:
-        self.files[target] = self.files.pop(source)
-
-    def tar_in(self, path: str, directory: str) -> None:
-        assert directory == "/"
-        assert self.is_mounted
-        self.archive = Path(path).read_bytes()
 
 
 DEBIAN = {
@@ -250,13 +145,16 @@ def test_an_image_without_a_system_is_said_with_what_it_holds(tmp_path: Path) ->
         inject(FakeGuest({}, {}), tmp_path)
 
 
-def test_a_guest_that_nothing_can_start_the_job_in_is_said(tmp_path: Path) -> None:
-    with pytest.raises(BuildFailed, match="has neither systemd nor an /etc/rc"):
-        inject(FakeGuest({"/sbin/init": "", "/etc/passwd": ""}), tmp_path)
-
-
-def test_the_guests_own_rc_local_is_kept(tmp_path: Path) -> None:
-    files = FakeGuest({"/sbin/init": "", "/etc/rc.local": "own"})
+def test_what_stands_in_the_way_is_moved_and_removed_before_files_are_written(
+    tmp_path: Path,
+) -> None:
+    files = FakeGuest(
+        {
+            "/sbin/init": "",
+            "/etc/inittab": "::sysinit:/etc/rc.local\n",
+            "/etc/rc.local": "own",
+        }
+    )
     assert inject(files, tmp_path).init == "rc.local"
     assert files.files["/etc/rc.local.own"] == "own"
     assert "etc/rc.local" in tree(files.archive)
@@ -330,7 +228,9 @@ class Job:
             for name, text in commands
         ]
         members = tree(
-            guest.job_archive(texts, workspace_partition="/dev/vdz1", init="x", selinux_config=None)
+            guest.job_archive(
+                texts, workspace_partition="/dev/vdz1", start=START, selinux_config=None
+            )
         )
         for name, (mode, text) in ((n, m) for n, m in members.items() if "koji-indirection/" in n):
             path = job / name.removeprefix("etc/koji-indirection/")
