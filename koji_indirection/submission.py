@@ -156,6 +156,10 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("--cpus", "N", "(default: all of the builder's, up to 4)", "cpus", _whole_number),
         Option("--memory", "SIZE", f"such as 4G (default: {format_size(_BUILD.memory_bytes)})",
                "memory_bytes", parse_size),
+        Option("--network", "NAME", "user (NAT) or a libvirt network, if the builder allows it"
+               " (default: none)", "network"),
+        Option("--repo", "URL", "package repository that the guest has for the time of the job;"
+               " repeatable", "repos", _lines),
         Option("--accel", "|".join(ACCELERATORS), "what it runs on (default: auto: KVM where it"
                " works)", "accel"),
     ),

@@ -61,6 +61,8 @@ def filled() -> Manifest:
         boot_timeout_seconds=1,
         command_timeout_seconds=2,
         shutdown_timeout_seconds=3,
+        network="user",
+        repos=("http://h/repo",),
     )
     image = ImageRecord("/srv/ü.qcow2", "qcow2", 300, 10**12, DIGEST)
     return Manifest(
