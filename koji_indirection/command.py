@@ -404,7 +404,7 @@ def _order(options: argparse.Namespace) -> tuple[Order, Settings]:
     spec = BuildSpec.from_dict(_given(options, BuildSpec))
     settings = Settings(**_given(options, Settings))
     parsed = template.load(options.template)
-    template.require_supported(parsed)
+    parsed.require_network(spec.network)
     if options.utility_image is not None:
         imagefile.require_file(options.utility_image, imagefile.UTILITY_IMAGE)
     imagefile.require_file(options.input_image, imagefile.INPUT_IMAGE)
