@@ -8,8 +8,10 @@ limit that is silently not set is worse than none.
 from __future__ import annotations
 
 import configparser
+import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +74,13 @@ class Settings:
     cache_keep_free_bytes -- what fetched images leave free on their file system.
     cache_verify -- read a fetched image again, and compare its checksum, at each use.
     download -- how images are fetched.
+    networks -- what a spec's network may be: "user" and names of libvirt networks.
+    guest_proxy, guest_no_proxy -- what a guest with a network has for http_proxy and
+    no_proxy; None: what this process has.
+    file_hosts -- hosts from which a template's files of type url are fetched: names,
+    "*.example.com", or "*" for any.
+    max_file_bytes -- of all such files of one template together.
+    media -- directory or ISO with packages that every guest gets as a read-only disk.
     """
 
     connect: str | None = None
@@ -86,11 +95,23 @@ class Settings:
     cache_keep_free_bytes: int = 2 * GIB
     cache_verify: bool = False
     download: Download = field(default_factory=Download)
+    networks: tuple[str, ...] = ()
+    guest_proxy: str | None = None
+    guest_no_proxy: str | None = None
+    file_hosts: tuple[str, ...] = ()
+    max_file_bytes: int = 256 * MIB
+    media: Path | None = None
 
 
-def load_settings(paths: Iterable[Path], *, other_sections: Collection[str] = ()) -> Settings:
+def load_settings(
+    paths: Iterable[Path],
+    *,
+    other_sections: Collection[str] = (),
+    defaults: Settings | None = None,
+) -> Settings:
     """Settings from ini files; later ones win, and one that does not exist is no error.
 
+    defaults -- what holds where no file says anything.
     Raises UsageError naming file, section and key.
     """
     parser = configparser.RawConfigParser()
@@ -111,11 +132,15 @@ def load_settings(paths: Iterable[Path], *, other_sections: Collection[str] = ()
             raise UsageError(f"{path} is not UTF-8 text", "save it as UTF-8") from None
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}", "check the path") from None
-    return settings_from(parser, ", ".join(read), other_sections=other_sections)
+    return settings_from(parser, ", ".join(read), other_sections=other_sections, defaults=defaults)
 
 
 def settings_from(
-    parser: configparser.RawConfigParser, where: str, *, other_sections: Collection[str] = ()
+    parser: configparser.RawConfigParser,
+    where: str,
+    *,
+    other_sections: Collection[str] = (),
+    defaults: Settings | None = None,
 ) -> Settings:
     """Settings from what was read already, by koji.read_config_files() for one.
 
@@ -135,8 +160,13 @@ def settings_from(
             _suggestion("", list(_SECTIONS)),
         )
     values = {section: _section(parser, section, where) for section in _SECTIONS}
-    return Settings(
-        **values["indirection"], **values["cache"], download=Download(**values["download"])
+    defaults = defaults or Settings()
+    return dataclasses.replace(
+        defaults,
+        **values["indirection"],
+        **values["cache"],
+        **values["guest"],
+        download=dataclasses.replace(defaults.download, **values["download"]),
     )
 
 
@@ -179,6 +209,24 @@ def _accel(text: str) -> str:
     return text
 
 
+def _network_names(text: str) -> tuple[str, ...]:
+    return _names(text, r"[A-Za-z0-9][A-Za-z0-9._-]*", "user, or the names of libvirt networks")
+
+
+def _host_names(text: str) -> tuple[str, ...]:
+    host = r"\*|(\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?"
+    return tuple(name.lower() for name in _names(text, host, "hosts, *.example.com, or *"))
+
+
+def _names(text: str, pattern: str, wanted: str) -> tuple[str, ...]:
+    """Names apart by commas or blanks."""
+    names = tuple(dict.fromkeys(re.split(r"[\s,]+", text.strip(" \t\n,"))))
+    for name in names:
+        if not re.fullmatch(pattern, name):
+            raise UsageError(f"{name[:80]!r} is no name", f"write {wanted}, with commas between")
+    return names
+
+
 def _proxy(text: str) -> str:
     if not text.startswith(("http://", "https://", "socks5://", "socks5h://")):
         raise UsageError(f"{text[:80]!r} is not the URL of a proxy", "write it as http://HOST:PORT")
@@ -213,6 +261,14 @@ _SECTIONS: Mapping[str, Mapping[str, _Key]] = {
         "max_redirects": ("max_redirects", _whole_number),
         "ca_bundle": ("ca_bundle", _absolute_path),
         "proxy": ("proxy", _proxy),
+    },
+    "guest": {
+        "networks": ("networks", _network_names),
+        "proxy": ("guest_proxy", _proxy),
+        "no_proxy": ("guest_no_proxy", str),
+        "file_hosts": ("file_hosts", _host_names),
+        "max_file_size": ("max_file_bytes", parse_size),
+        "media": ("media", _absolute_path),
     },
 }
 

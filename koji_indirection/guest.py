@@ -10,7 +10,6 @@ import io
 import logging
 import re
 import tarfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,17 +17,11 @@ from pathlib import Path
 from . import initsystem
 from .appliance import Appliance, ApplianceError
 from .errors import BuildFailed
+from .guestjob import Files, GuestJob, host_files, job_files
 from .guestlog import printable
-from .initsystem import JOB_DIRECTORY, Start, text_of
-from .template import Command
+from .initsystem import Start, text_of
 
 log = logging.getLogger(__name__)
-
-STATUS_PORT = "org.koji.indirection.status"
-LOG_PORT = "org.koji.indirection.log"
-SAMPLE_SECONDS = 5
-
-_JOB = JOB_DIRECTORY[1:]
 
 
 @dataclass(frozen=True)
@@ -62,10 +55,8 @@ def require_boot_code(appliance: Appliance) -> None:
         )
 
 
-def inject(
-    appliance: Appliance, commands: Sequence[Command], *, workspace_partition: str, tmp_dir: Path
-) -> GuestSystem:
-    """Find the guest's root, and write the runner, the commands and what starts them.
+def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem:
+    """Find the guest's root, and write the job and what starts it.
 
     Raises BuildFailed when the image holds no operating system, or one in
     which nothing could start the job.
@@ -75,19 +66,15 @@ def inject(
     selinux_config = _permissive_selinux_config(appliance)
     os_release = _os_release(appliance)
     archive = tmp_dir / "job.tar"
-    archive.write_bytes(
-        job_archive(
-            commands,
-            workspace_partition=workspace_partition,
-            start=start,
-            selinux_config=selinux_config,
-        )
-    )
+    archive.write_bytes(job_archive(job, start=start, selinux_config=selinux_config))
     for path in start.removed:
         appliance.call("rm", f"/{path}")
     for old, new in start.moved.items():
         appliance.call("mv", f"/{old}", f"/{new}")
     appliance.call("tar_in", str(archive), "/")
+    for path, source in host_files(job).items():
+        appliance.call("upload", str(source), f"/{path}")
+        appliance.call("chmod", 0o600, f"/{path}")
     appliance.call("umount_all")
     system = GuestSystem(
         root_device,
@@ -107,37 +94,22 @@ def inject(
     return system
 
 
-def job_archive(
-    commands: Sequence[Command],
-    *,
-    workspace_partition: str,
-    start: Start,
-    selinux_config: str | None,
-) -> bytes:
-    """The tar archive, relative to the guest's root, of everything that the job needs there."""
-    files: dict[str, tuple[str, int]] = {
-        f"{_JOB}/run": (_job_file("run.sh"), 0o755),
-        f"{_JOB}/settings": (
-            f"STATUS_PORT={STATUS_PORT}\nLOG_PORT={LOG_PORT}\n"
-            f"WORKSPACE={workspace_partition}\nSAMPLE_SECONDS={SAMPLE_SECONDS}\n",
-            0o644,
-        ),
-    }
-    for number, command in enumerate(commands, start=1):
-        head = f"=== command {number} of {len(commands)}: {command.name}\n"
-        files[f"{_JOB}/commands/{number:04}.cmd"] = (command.text + "\n", 0o755)
-        files[f"{_JOB}/commands/{number:04}.head"] = (head, 0o644)
-    files.update(start.files)
+def job_archive(job: GuestJob, *, start: Start, selinux_config: str | None) -> bytes:
+    """The tar archive, relative to the guest's root, of what the job needs there.
+
+    Files of the job that are on the host are not in it.
+    """
+    files = job_files(job)
+    files.update({name: (text.encode(), mode) for name, (text, mode) in start.files.items()})
     if selinux_config is not None:
-        files["etc/selinux/config"] = (selinux_config, 0o644)
+        files["etc/selinux/config"] = (selinux_config.encode(), 0o644)
     return _tar(files, start.links)
 
 
-def _tar(files: dict[str, tuple[str, int]], links: dict[str, str]) -> bytes:
+def _tar(files: Files, links: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
-        for name, (text, mode) in files.items():
-            content = text.encode()
+        for name, (content, mode) in files.items():
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(content), mode
             archive.addfile(member, io.BytesIO(content))
@@ -148,8 +120,8 @@ def _tar(files: dict[str, tuple[str, int]], links: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _job_file(name: str) -> str:
-    return resources.files("koji_indirection").joinpath("job", name).read_text(encoding="utf-8")
+def _job_file(name: str) -> bytes:
+    return resources.files("koji_indirection").joinpath("job", name).read_bytes()
 
 
 def _mount_root(appliance: Appliance) -> str:

@@ -16,11 +16,10 @@ from pathlib import PurePosixPath
 
 from .appliance import Appliance
 from .errors import BuildFailed
-
-JOB_DIRECTORY = "/etc/koji-indirection"
+from .guestjob import DIRECTORY
 
 _NAME = "koji-indirection"
-_START_JOB = f"/bin/sh {JOB_DIRECTORY}/run </dev/null >/dev/null 2>&1"
+_START_JOB = f"/bin/sh /{DIRECTORY}/run </dev/null >/dev/null 2>&1"
 _SYSTEMD = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd")
 _UNIT_DIRECTORIES = ("/usr/lib/systemd/system", "/lib/systemd/system")
 _OPENRC = ("/sbin/openrc", "/usr/sbin/openrc", "/usr/bin/openrc")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from . import schema
+from .address import MAX_ADDRESS_LENGTH, has_credentials, repository_problem
 from .errors import UsageError
 from .schema import shown
 from .units import DAY_SECONDS, GIB, HOUR_SECONDS, MIB, TIB, format_duration, format_size
@@ -27,6 +28,9 @@ DEFAULT_MEMORY_BYTES = 2 * GIB
 # livemedia-creator takes under an hour with KVM; four leave room for a slow
 # builder or TCG, and still end a build that hangs within the same working day.
 DEFAULT_JOB_TIMEOUT_SECONDS = 4 * HOUR_SECONDS
+
+NO_NETWORK = "none"
+USER_NETWORK = "user"
 
 # The largest disk whose one partition an MBR can describe.
 MAX_WORKSPACE_SIZE_BYTES = 2 * TIB - MIB
@@ -173,6 +177,33 @@ SCHEMA: dict[str, Any] = {
             "How long the guest may take to power off after the job has ended. "
             "The default is the builder's.",
         ),
+        "network": {
+            "title": "Network",
+            "description": "The guest's network, if this machine's settings allow it: user "
+            "(user-mode NAT) or the name of a libvirt network. The default, null or none, "
+            "is no network at all.",
+            "type": ["string", "null"],
+            "maxLength": 50,
+            "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$",
+            "default": None,
+        },
+        "repos": {
+            "title": "Repositories",
+            "description": "Addresses of package repositories that the guest has besides the "
+            "template's, for the time of the job. They need a network.",
+            "type": "array",
+            "minItems": 0,
+            "maxItems": 50,
+            "uniqueItems": True,
+            "items": {
+                "type": "string",
+                "minLength": 1,
+                "maxLength": MAX_ADDRESS_LENGTH,
+                # The rest is checked by _check_network.
+                "pattern": r"^[Hh][Tt][Tt][Pp][Ss]?://",
+            },
+            "default": [],
+        },
     },
 }
 
@@ -206,13 +237,19 @@ class BuildSpec:
     job_timeout_seconds: int = DEFAULT_JOB_TIMEOUT_SECONDS
     command_timeout_seconds: int | None = None
     shutdown_timeout_seconds: int | None = None
+    network: str | None = None
+    repos: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_fields({field.name: getattr(self, field.name) for field in fields(self)})
         # Lists from a caller or from JSON; a frozen object holds tuples.
         object.__setattr__(self, "results", tuple(self.results))
         object.__setattr__(self, "collect_logs", tuple(self.collect_logs))
+        object.__setattr__(self, "repos", tuple(self.repos))
+        if self.network == NO_NETWORK:
+            object.__setattr__(self, "network", None)
         _check_paths(self)
+        _check_network(self)
         _check_input(self)
         _check_devices(self)
         if self.input_device is None and self.input_filename is None:
@@ -285,7 +322,8 @@ def _explain(field: str, error: Any) -> UsageError:
         return UsageError(wrong, f"it must be at {which} {limit}")
     if error.validator == "maxLength" and wanted is _WANTED_DEVICE:
         return UsageError(wrong, wanted)
-    return schema.explain("build spec", field, error, wanted=wanted, member="path", members="paths")
+    member, members = ("address", "addresses") if field == "repos" else ("path", "paths")
+    return schema.explain("build spec", field, error, wanted=wanted, member=member, members=members)
 
 
 _WANTED_PATH = "give an absolute path or glob, such as /results/*.iso, on one line"
@@ -295,6 +333,8 @@ _WANTED = {
     "between its slashes",
     "input_device": _WANTED_DEVICE,
     "workspace_device": _WANTED_DEVICE,
+    "network": "write user, the name of a libvirt network, or none",
+    "repos": "write http://host/path or https://host/path",
 }
 
 
@@ -326,6 +366,27 @@ def _check_path(field: str, path: str, wanted: str) -> None:
             raise UsageError(
                 f"{what}, which has nothing after one of its slashes", "name files, one / apart"
             )
+
+
+def _check_network(spec: BuildSpec) -> None:
+    # Python's $ in the schema's pattern lets a final line break through.
+    if spec.network is not None and not spec.network.isprintable():
+        raise UsageError(f"build spec: network is {shown(spec.network)}", _WANTED["network"])
+    for address in spec.repos:
+        problem = repository_problem(address)
+        if problem is not None:
+            raise UsageError(f"build spec: repos {problem[0]}", problem[1])
+        if has_credentials(address):
+            # A spec is kept in manifests and, by Koji, for everybody to read.
+            raise UsageError(
+                "build spec: repos has an address with a user name or password in it",
+                "everybody can read a build spec: use a repository that needs none",
+            )
+    if spec.repos and spec.network is None:
+        raise UsageError(
+            "build spec: repos are given, but the guest has no network to reach them",
+            "set network to user, or to the name of a libvirt network",
+        )
 
 
 def _check_input(spec: BuildSpec) -> None:

@@ -24,7 +24,7 @@ from .errors import BuildFailed, IndirectionError, UsageError
 from .sources import HubSession, Reference, Source, resolve
 from .spec import DEFAULT_INPUT_FILENAME, DEFAULT_RESULT, BuildSpec
 from .taskspec import ACCELERATORS, TaskSpec
-from .template import load, require_supported
+from .template import load
 from .units import format_duration, format_size, parse_duration, parse_size
 
 COMMAND = "indirection-build"
@@ -156,6 +156,10 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("--cpus", "N", "(default: all of the builder's, up to 4)", "cpus", _whole_number),
         Option("--memory", "SIZE", f"such as 4G (default: {format_size(_BUILD.memory_bytes)})",
                "memory_bytes", parse_size),
+        Option("--network", "NAME", "user (NAT) or a libvirt network, if the builder allows it"
+               " (default: none)", "network"),
+        Option("--repo", "URL", "package repository that the guest has for the time of the job;"
+               " repeatable", "repos", _lines),
         Option("--accel", "|".join(ACCELERATORS), "what it runs on (default: auto: KVM where it"
                " works)", "accel"),
     ),
@@ -501,7 +505,7 @@ def request_from(arguments: Sequence[str], *, upload_dir: str) -> Request:
         }
     )
     if template_file is not None:
-        require_supported(load(template_file))
+        load(template_file).require_network(spec.build.network)
     return Request(spec=spec, template_file=template_file, **asked)
 
 

@@ -44,6 +44,14 @@ retry_wait = 1s
 max_redirects = 0
 ca_bundle = /etc/pki/koji-ca.pem
 proxy = http://user%40realm:secret@proxy:3128
+
+[guest]
+networks = user, default
+proxy = http://proxy:3128
+no_proxy = .example.com
+file_hosts = Files.example.com *.example.org
+max_file_size = 1M
+media = /srv/repo.iso
 """
 
 
@@ -75,6 +83,12 @@ def test_every_key_is_read_with_its_unit(tmp_path: Path) -> None:
             ca_bundle=Path("/etc/pki/koji-ca.pem"),
             proxy="http://user%40realm:secret@proxy:3128",
         ),
+        networks=("user", "default"),
+        guest_proxy="http://proxy:3128",
+        guest_no_proxy=".example.com",
+        file_hosts=("files.example.com", "*.example.org"),
+        max_file_bytes=MIB,
+        media=Path("/srv/repo.iso"),
     )
 
 
@@ -88,6 +102,21 @@ def test_a_later_file_wins(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("[cache]\nmax_size = 2G\n")
     settings = load_settings([tmp_path / "a", tmp_path / "b"])
     assert (settings.max_cache_bytes, settings.cache_verify) == (2 * GIB, True)
+
+
+def test_a_file_says_what_differs_from_the_defaults_given(tmp_path: Path) -> None:
+    path = tmp_path / "local.conf"
+    path.write_text("[guest]\nfile_hosts = a.example.com\n")
+    local = Settings(networks=("user",), file_hosts=("*",), download=Download(retries=9))
+    settings = load_settings([path], defaults=local)
+    assert settings.networks == ("user",)
+    assert settings.file_hosts == ("a.example.com",)
+    assert settings.download.retries == 9
+
+
+def test_nothing_of_the_network_is_allowed_by_default() -> None:
+    assert Settings().networks == ()
+    assert Settings().file_hosts == ()
 
 
 def test_a_parser_that_interpolates_is_read_as_the_file_stands() -> None:
@@ -114,6 +143,9 @@ def test_a_parser_that_interpolates_is_read_as_the_file_stands() -> None:
         ("[download]\nread_timeout = 8d", "not between 1 s and 7 d"),
         ("[download]\nread_timeout = soon", "read_timeout: 'soon' is not a duration"),
         ("[download]\nproxy = proxy:3128", "proxy: 'proxy:3128' is not the URL of a proxy"),
+        ("[guest]\nnetworks = user, br 0$", r"\[guest\] networks: '0\$' is no name"),
+        ("[guest]\nfile_hosts = http://h/", "file_hosts: 'http://h/' is no name"),
+        ("[guest]\nmedia = repo.iso", "media: 'repo.iso' is not an absolute path"),
         ("max_size = 1G", "is not an ini file: .*no section headers"),
         ("[cache]\nverify = 1\nverify = 0", "is not an ini file: .*already exists"),
     ],

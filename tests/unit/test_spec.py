@@ -89,6 +89,23 @@ def test_lists_become_tuples_and_lists_again() -> None:
     assert spec.to_dict()["results"] == ["/a.iso", "/b/*.qcow2"]
 
 
+def test_a_guest_has_no_network_unless_the_spec_names_one() -> None:
+    assert BuildSpec().network is None
+    assert BuildSpec(network="none") == BuildSpec()
+    assert "network" not in BuildSpec(network="none").to_dict()
+    assert BuildSpec(network="user").to_dict()["network"] == "user"
+
+
+def test_repositories_may_be_what_each_package_manager_takes() -> None:
+    addresses = (
+        "https://h.example.com/repo/$basearch/",
+        "http://10.0.2.2:8000",
+        "http://h/debian bookworm main non-free-firmware",
+        "http://h/debian ./",
+    )
+    assert BuildSpec(network="user", repos=addresses).repos == addresses
+
+
 BAD = [
     ({"cpu": 2}, "there is no field 'cpu' (did you mean 'cpus'?)"),
     ({"workspace_size": "30G"}, "did you mean 'workspace_size_bytes'?"),
@@ -152,6 +169,20 @@ BAD = [
     ({"results": ["/" + "a" * 500]}, "501 characters long (at most 500 are allowed)"),
     ({"results": [f"/{n}" for n in range(51)]}, "results has 51 paths (at most 50 are allowed)"),
     ({"collect_logs": ["program.log"]}, "collect_logs has 'program.log' in it"),
+    ({"network": "br 0"}, "network is 'br 0' (write user, the name of a libvirt network, or none)"),
+    ({"network": ""}, "network is '' (write user"),
+    ({"network": "user\n"}, "network is 'user\\n' (write user"),
+    ({"network": True}, "network is True, which is not a string or null"),
+    ({"network": "n" * 51}, "51 characters long (at most 50 are allowed)"),
+    ({"network": "user", "repos": "http://h/"}, "repos is 'http://h/', which is not a list"),
+    ({"network": "user", "repos": ["file:///srv"]}, "repos has 'file:///srv' in it (write http:"),
+    ({"network": "user", "repos": ["http://h/a\nb"]}, "repos has 'http://h/a\\nb' for a URL"),
+    ({"network": "user", "repos": ["http://h/a main ["]}, "repos has 'http://h/a main [' for a"),
+    ({"network": "user", "repos": ["http://h/'"]}, "for a URL (write http://host/path"),
+    ({"network": "user", "repos": ["http://127.0.0.1/r"]}, "repos is at '127.0.0.1', which in the"),
+    ({"network": "user", "repos": ["https://me:pw@h/r"]}, "with a user name or password in it"),
+    ({"network": "user", "repos": ["http://h/", "http://h/"]}, "repos has 'http://h/' twice"),
+    ({"repos": ["http://h/"]}, "repos are given, but the guest has no network"),
 ]
 
 
@@ -197,6 +228,9 @@ _specs = st.fixed_dictionaries(
         "job_timeout_seconds": st.integers(1, 604800),
         "command_timeout_seconds": _timeouts,
         "shutdown_timeout_seconds": _timeouts,
+        "network": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,49}", fullmatch=True).filter(
+            lambda name: name != "none"
+        ),
     },
 )
 _inputs = st.one_of(
