@@ -17,7 +17,7 @@ BUILDER_PACKAGES := python3 python3-venv python3-libvirt python3-guestfs \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system \
 	qemu-system-x86 qemu-utils e2fsprogs xfsprogs libguestfs-xfs linux-image-cloud-amd64
 EXAMPLE_PACKAGES := mmdebstrap debian-archive-keyring ca-certificates fdisk uuid-runtime \
-	grub-common grub-pc-bin busybox-static kmod cpio ovmf
+	grub-common grub-pc-bin mtools dosfstools busybox-static kmod cpio ovmf
 # python3-gssapi: the koji library from PyPI wants one, which cannot be compiled everywhere.
 TEST_PACKAGES := xz-utils gzip zstd git xorriso procps python3-gssapi
 # What the hub, its database and kojid import and run; Koji itself is brought along.
@@ -29,7 +29,7 @@ PACKAGES := $(BUILDER_PACKAGES) $(EXAMPLE_PACKAGES) $(TEST_PACKAGES)
 SCRIPTS := examples/boot-iso
 
 # What tests/guest/images/make-image makes: utility images, each special in one thing.
-SPECIAL_IMAGES := sysvinit openrc
+SPECIAL_IMAGES := sysvinit openrc uefi sata ide
 
 RECIPES := $(wildcard examples/debian-utility/*)
 

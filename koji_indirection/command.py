@@ -200,6 +200,29 @@ def _add_build(commands: Any) -> None:
         "--workspace-fs", metavar="TYPE", help=f"ext4, ext2 or xfs (default: {spec.workspace_fs})"
     )
     guest.add_argument(
+        "--arch",
+        metavar="ARCH",
+        help="the guest's arch (default: this machine's; any other is emulated, slowly)",
+    )
+    guest.add_argument(
+        "--firmware",
+        metavar="KIND",
+        help=f"auto, bios or uefi (default: {spec.firmware}: BIOS if the utility image boots by"
+        " one, else UEFI)",
+    )
+    guest.add_argument(
+        "--secure-boot",
+        action="store_true",
+        default=None,
+        help="boot by UEFI with Secure Boot enforced",
+    )
+    guest.add_argument(
+        "--disk-bus",
+        metavar="BUS",
+        help=f"auto, virtio, sata or ide (default: {spec.disk_bus}: virtio if the utility image"
+        " has a driver for it)",
+    )
+    guest.add_argument(
         "--cpus", type=_whole_number, metavar="N", help="(default: all of this machine's, up to 4)"
     )
     guest.add_argument(
@@ -445,11 +468,13 @@ def _build(options: argparse.Namespace) -> int:
 
 def _order(options: argparse.Namespace) -> tuple[Order, Settings]:
     """What the options ask for; the output directory is made last, when all else is in order."""
-    from . import imagefile, network, output, template
+    from . import arches, imagefile, network, output, template
     from .pipeline import Order
 
     spec = BuildSpec.from_dict(_given(options, BuildSpec))
     settings = _settings(options)
+    if options.arch is not None:
+        arches.named(options.arch)
     parsed = template.load(options.template)
     network.require_allowed(spec.network, settings)
     parsed.require_network(spec.network)
@@ -462,6 +487,7 @@ def _order(options: argparse.Namespace) -> tuple[Order, Settings]:
         template_name=options.template.name,
         input_image=options.input_image,
         utility_image=options.utility_image,
+        arch=options.arch,
         output=output.prepare(options.output, force=options.force),
     )
     return order, settings

@@ -6,12 +6,12 @@ files under /etc are written, because /etc is on the root file system everywhere
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import re
 import tarfile
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from . import initsystem
@@ -23,6 +23,10 @@ from .initsystem import Start, text_of
 
 log = logging.getLogger(__name__)
 
+# Every system has one of them, and in its own arch.
+_PROGRAMS = ("/bin/sh", "/sbin/init", "/usr/lib/systemd/systemd", "/bin/busybox", "/bin/bash")
+_DRIVERS = ("virtio_blk", "virtio_console", "ahci", "ata_piix")
+
 
 @dataclass(frozen=True)
 class GuestSystem:
@@ -32,6 +36,9 @@ class GuestSystem:
     os_id, version_id -- as in os-release(5); empty when the guest has none.
     init -- how the job is started, as initsystem.Start names it.
     selinux -- True when the guest enforced SELinux and now boots permissive.
+    arch -- what its programs are compiled for, e.g. "x86_64" or "i386"; empty when unknown.
+    missing_drivers -- those of virtio_blk, virtio_console, ahci and ata_piix that none of its
+        kernels has.
     """
 
     root_device: str
@@ -39,20 +46,8 @@ class GuestSystem:
     version_id: str
     init: str
     selinux: bool
-
-
-def require_boot_code(appliance: Appliance) -> None:
-    """Raise BuildFailed when the first drive's boot sector holds no program.
-
-    The firmware runs the zeros of such a sector, if it is signed, and says
-    nothing more: that would last until the boot deadline.
-    """
-    code: str = appliance.call("pread_device", "/dev/sda", 440, 0)
-    if not code.strip("\0"):
-        raise BuildFailed(
-            "the utility image is not bootable: there is no boot loader in its first sector",
-            "use an image with a BIOS boot loader",
-        )
+    arch: str = ""
+    missing_drivers: frozenset[str] = frozenset()
 
 
 def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem:
@@ -65,6 +60,10 @@ def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem
     start = initsystem.plan(appliance)
     selinux_config = _permissive_selinux_config(appliance)
     os_release = _os_release(appliance)
+    arch = _arch(appliance)
+    missing_drivers = _missing_drivers(appliance)
+    if "virtio_console" in missing_drivers:
+        job = dataclasses.replace(job, serial_reports=True)
     archive = tmp_dir / "job.tar"
     archive.write_bytes(job_archive(job, start=start, selinux_config=selinux_config))
     for path in start.removed:
@@ -82,11 +81,14 @@ def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem
         os_release.get("VERSION_ID", ""),
         start.init,
         selinux=selinux_config is not None,
+        arch=arch,
+        missing_drivers=missing_drivers,
     )
     log.info(
-        "utility image: %s %s on %s, started by %s%s",
+        "utility image: %s %s for %s on %s, started by %s%s",
         system.os_id or "unknown system",
         system.version_id,
+        system.arch or "an unknown arch",
         root_device,
         start.init,
         ", SELinux set to permissive" if system.selinux else "",
@@ -118,10 +120,6 @@ def _tar(files: Files, links: dict[str, str]) -> bytes:
             member.type, member.linkname, member.mode = tarfile.SYMTYPE, target, 0o777
             archive.addfile(member)
     return buffer.getvalue()
-
-
-def _job_file(name: str) -> bytes:
-    return resources.files("koji_indirection").joinpath("job", name).read_bytes()
 
 
 def _mount_root(appliance: Appliance) -> str:
@@ -194,3 +192,29 @@ def _os_release(appliance: Appliance) -> dict[str, str]:
             pairs = (line.partition("=") for line in text_of(appliance, path).splitlines())
             return {key: value.strip("\"'")[:64] for key, _, value in pairs}
     return {}
+
+
+def _arch(appliance: Appliance) -> str:
+    for path in _PROGRAMS:
+        if appliance.call("is_file", path, followsymlinks=True):
+            try:
+                arch: str = appliance.call("file_architecture", appliance.call("realpath", path))
+            except ApplianceError as error:  # no program at all, or one of an arch of its own
+                log.debug("%s: %s", path, error.reason)
+            else:
+                return printable(arch, 20)
+    return ""
+
+
+def _missing_drivers(appliance: Appliance) -> frozenset[str]:
+    """The drivers that no kernel has; none when it cannot be told what the kernels have."""
+    if not appliance.call("is_dir", "/lib/modules", followsymlinks=True):
+        return frozenset()
+    missing = set(_DRIVERS)
+    lists = appliance.call("glob_expand", "/lib/modules/*/modules.builtin")
+    for driver in _DRIVERS:
+        if appliance.call("glob_expand", f"/lib/modules/*/kernel/drivers/*/{driver}.ko*") or any(
+            appliance.call("grep", f"/{driver}.ko", path) for path in lists
+        ):
+            missing.discard(driver)
+    return frozenset(missing) if lists else frozenset()

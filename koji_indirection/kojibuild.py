@@ -700,6 +700,7 @@ def _fetch_and_build(
             template_name=Path(spec.template).name,
             input_image=input_image,
             utility_image=utility_image,
+            arch=arch,
             output=directory,
         )
         return pipeline.build(order, settings, _Phases())

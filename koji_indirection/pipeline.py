@@ -27,7 +27,10 @@ from . import (
     __version__,
     accel,
     appliance,
+    arches,
+    bootpath,
     filefetch,
+    firmware,
     guest,
     imagefile,
     machine,
@@ -39,7 +42,7 @@ from . import (
 )
 from .appliance import Appliance, Drive
 from .config import Settings
-from .domain import Disk, Domain, tcg_cpu_model
+from .domain import Disk, Domain, disk_bus, serial_reports, tcg_cpu_model
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .guest import GuestSystem
 from .guestjob import GuestFile, GuestJob, results_directory, spec_repositories
@@ -80,6 +83,7 @@ class Order:
     """What to build, from what, and where it goes.
 
     utility_image -- None: the input image is its own utility.
+    arch -- what the guest is of; None: this machine's. Another one is emulated.
     output -- an existing directory, as output.prepare() makes it.
     """
 
@@ -89,6 +93,7 @@ class Order:
     input_image: Path
     utility_image: Path | None
     output: Path
+    arch: str | None = None
 
 
 def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
@@ -159,6 +164,7 @@ class _Build:
         record: Manifest,
     ) -> None:
         self.order = order
+        self.arch = arches.named(order.arch or arches.of_host())
         self.spec = order.spec
         self.settings = settings
         self.progress = progress
@@ -174,7 +180,7 @@ class _Build:
             self.job = stack.enter_context(
                 job_directory(settings.work_dir, also_removed=[self.order.output / results.PARTIAL])
             )
-            self.accel = accel.choose(settings.accel, cache_dir=settings.cache_dir)
+            self.accel = self._accelerator()
             self._note_host()
             self.utility, self.input = self._vet()
             checksums = stack.enter_context(_checksums({self.utility, self.input}))
@@ -192,13 +198,16 @@ class _Build:
             job = self._guest_job(media_disk)
 
             self.timeline.enter("inject")
-            system = self._inject(overlay, job)
-
-            self.timeline.enter("boot")
+            system, boots_by = self._inject(overlay, job)
+            hardware = self._hardware(system, boots_by)
             disks = self._disks(overlay, disk)
             if media_disk is not None:
                 disks.append(media_disk.disk)
-            failure = self._run_machine(system, disks, job)
+            if hardware.disk_bus != "virtio":
+                disks = [self._writable(one) for one in disks]
+
+            self.timeline.enter("boot")
+            failure = self._run_machine(hardware, disks, job)
 
             self.timeline.enter("collect")
             self._note_checksums(checksums)
@@ -212,6 +221,20 @@ class _Build:
             log.warning("template: unknown, and without effect: %s", ", ".join(template.mistaken))
         network.require_allowed(self.spec.network, self.settings)
         template.require_network(self.spec.network)
+
+    def _accelerator(self) -> accel.Accel:
+        """What the guest runs on: one of another arch can only be emulated."""
+        wanted = self.settings.accel
+        host = arches.of_host()
+        if self.arch.name != host:
+            if wanted == "kvm":
+                raise UsageError(
+                    f"a guest of the arch {self.arch.name} cannot run on KVM, because this machine"
+                    f" is of the arch {host}",
+                    "use --accel auto or tcg, which emulate it slowly",
+                )
+            wanted = "tcg"
+        return accel.choose(wanted, cache_dir=self.settings.cache_dir)
 
     def _note_host(self) -> None:
         self.record.accelerator = {"kind": self.accel.kind, "reason": self.accel.reason}
@@ -322,7 +345,7 @@ class _Build:
 
     def _guest_job(self, media_disk: media.Media | None) -> GuestJob:
         spec, template = self.spec, self.order.template
-        commands = template.commands_for(platform.machine())
+        commands = template.commands_for(self.order.arch or platform.machine())
         skipped = [command for command in template.commands if command not in commands]
         for command in skipped:
             log.info("command %s is for %s only: not run", command.name, command.arch)
@@ -353,21 +376,69 @@ class _Build:
             files.append(GuestFile(file.name, data, file.mode, file.owner))
         return files
 
-    def _inject(self, overlay: _Overlay, job: GuestJob) -> GuestSystem:
+    def _inject(self, overlay: _Overlay, job: GuestJob) -> tuple[GuestSystem, str]:
+        """Put the job into the overlay; what was found in it, and the firmware it boots by."""
         drive = Drive(str(overlay.path), overlay.format, readonly=False)
         with appliance.appliance(
             [drive], accel_kind=self.accel.kind, job_dir=self.job.path
         ) as running:
             self.record.versions["libguestfs"] = running.version()
-            guest.require_boot_code(running)
+            boot_paths = bootpath.examine(running)
             system = guest.inject(running, job, tmp_dir=self.job.path)
+        if system.arch and arches.canonical(system.arch) != self.arch.name:
+            raise BuildFailed(
+                f"the utility image is a system for {system.arch}, but the guest is to be one for"
+                f" {self.arch.name}",
+                "use a utility image of that arch, or name the image's own with --arch",
+            )
+        boots_by = bootpath.choose(
+            boot_paths, self.arch, asked=self.spec.firmware, secure_boot=self.spec.secure_boot
+        )
         self.record.guest = {
             "os_id": system.os_id,
             "version_id": system.version_id,
             "init": system.init,
             "selinux_made_permissive": system.selinux,
+            "arch": self.arch.name,
+            "firmware": boots_by,
         }
-        return system
+        return system, boots_by
+
+    def _hardware(self, system: GuestSystem, boots_by: str) -> Domain:
+        """The utility VM as far as the utility image decides it: without disks."""
+        spec, arch, kind = self.spec, self.arch, self.accel.kind
+        without = Domain(
+            name=f"koji-indirection-{uuid.uuid4().hex[:12]}",
+            accel_kind=kind,
+            memory_bytes=spec.memory_bytes,
+            cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX),
+            cpu_model=tcg_cpu_model(system.os_id, system.version_id, arch),
+            disks=(),
+            socket_dir=self.job.run,
+            network=spec.network,
+            arch=arch,
+            disk_bus=disk_bus(spec.disk_bus, system.missing_drivers, arch),
+            serial_reports=serial_reports(system.missing_drivers, arch),
+        )
+        self.record.guest["disk_bus"] = without.disk_bus
+        if boots_by != "uefi":
+            return without
+        uefi = firmware.find(arch.name, without.machine, secure_boot=spec.secure_boot)
+        log.info("firmware: %s%s", uefi.code, ", Secure Boot" if uefi.secure_boot else "")
+        return dataclasses.replace(without, firmware=uefi.for_one_vm(self.job.path))
+
+    def _writable(self, disk: Disk) -> Disk:
+        """The disk with an overlay, if it is read-only: disks on SATA and IDE cannot be."""
+        if not disk.readonly:
+            return disk
+        path = self.job.path / f"{disk.serial}-overlay.qcow2"
+        # The input's size is known; the media is raw, and as long as its file.
+        is_input = disk.serial == "input"
+        size = self.input.virtual_size_bytes if is_input else disk.path.stat().st_size
+        imagefile.write_overlay(disk.path, disk.format, size, path)
+        return dataclasses.replace(
+            disk, path=path, format="qcow2", backing=(disk.path, disk.format), readonly=False
+        )
 
     def _disks(self, overlay: _Overlay, workspace_disk: Path) -> list[Disk]:
         """The guest's disks, in the order that gives them their names."""
@@ -385,20 +456,11 @@ class _Build:
         return disks
 
     def _run_machine(
-        self, system: GuestSystem, disks: Sequence[Disk], job: GuestJob
+        self, hardware: Domain, disks: Sequence[Disk], job: GuestJob
     ) -> IndirectionError | None:
         """Run the VM to its end; returns why the job failed, None when it ended well."""
         spec, kind = self.spec, self.accel.kind
-        domain = Domain(
-            name=f"koji-indirection-{uuid.uuid4().hex[:12]}",
-            accel_kind=kind,
-            memory_bytes=spec.memory_bytes,
-            cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX),
-            cpu_model=tcg_cpu_model(system.os_id, system.version_id),
-            disks=disks,
-            socket_dir=self.job.run,
-            network=spec.network,
-        )
+        domain = dataclasses.replace(hardware, disks=disks)
         deadlines = Deadlines(
             boot=spec.boot_timeout_seconds or BOOT_TIMEOUT_SECONDS[kind],
             job=spec.job_timeout_seconds,

@@ -19,6 +19,7 @@ from koji_indirection import command, pipeline
 from koji_indirection.config import Settings
 from koji_indirection.errors import BuilderFault
 from koji_indirection.jobdir import python_environment
+from koji_indirection.pipeline import Order
 from koji_indirection.spec import BuildSpec
 from koji_indirection.units import GIB
 
@@ -177,6 +178,11 @@ def test_a_wrong_command_line_exits_2_with_one_sentence(
         (["--input-writable"], "input_device"),
         (["--input-device", "vdb"], "vdb"),
         (["--workspace-fs", "ntfs"], "workspace_fs"),
+        (["--firmware", "efi"], "firmware"),
+        (["--firmware", "bios", "--secure-boot"], "secure_boot is given and firmware is 'bios'"),
+        (["--disk-bus", "ide", "--secure-boot"], "secure_boot is given and disk_bus is 'ide'"),
+        (["--disk-bus", "scsi"], "disk_bus"),
+        (["--arch", "sparc"], "no virtual machine for a guest of the arch 'sparc'"),
         (["--results", "relative"], "results"),
         (["--cpus", "1000"], "cpus"),
     ],
@@ -361,6 +367,9 @@ OPTIONS = [
     ),
     (["--workspace-size", "40G"], BuildSpec, {"workspace_size_bytes": 40 * GIB}),
     (["--workspace-fs", "xfs"], BuildSpec, {"workspace_fs": "xfs"}),
+    (["--firmware", "uefi", "--secure-boot"], BuildSpec, {"firmware": "uefi", "secure_boot": True}),
+    (["--disk-bus", "sata"], BuildSpec, {"disk_bus": "sata"}),
+    (["--arch", "aarch64"], Order, {"arch": "aarch64"}),
     (["--cpus", "3"], BuildSpec, {"cpus": 3}),
     (["--memory", "3G"], BuildSpec, {"memory_bytes": 3 * GIB}),
     (["--boot-timeout", "7m"], BuildSpec, {"boot_timeout_seconds": 420}),
@@ -396,7 +405,7 @@ def test_every_option_reaches_the_build(
     asked: list[Any] = []
 
     def build(order: Any, settings: Settings, _progress: Any) -> None:
-        asked.extend([order.spec, settings])
+        asked.extend([order.spec, settings, order])
         raise BuilderFault("enough")
 
     monkeypatch.setattr(pipeline, "build", build)
@@ -407,7 +416,7 @@ def test_every_option_reaches_the_build(
     image.write_bytes(b"x")
     required = ["--template", template, "--input-image", image, "--output", tmp_path / "out"]
     assert command.main(["build", *map(str, required), *words]) == 3
-    got = asked[0] if kind is BuildSpec else asked[1]
+    got = asked[(BuildSpec, Settings, Order).index(kind)]
     assert {name: getattr(got, name) for name in fields} == fields
 
 
