@@ -11,20 +11,30 @@ import io
 import logging
 import re
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from . import initsystem
 from .appliance import Appliance, ApplianceError
-from .errors import BuildFailed
 from .guestjob import Files, GuestJob, host_files, job_files
 from .guestlog import printable
 from .initsystem import Start, text_of
+from .rootfs import mount_root
 
 log = logging.getLogger(__name__)
 
 # Every system has one of them, and in its own arch.
 _PROGRAMS = ("/bin/sh", "/sbin/init", "/usr/lib/systemd/systemd", "/bin/busybox", "/bin/bash")
+_ETC = PurePosixPath("/etc")
+_SELINUX_XATTR = "security.selinux"
+# The types in the policies of RHEL, Fedora and openSUSE, first match first.
+_LABELS = (
+    (r"/etc/systemd/system/", "systemd_unit_file_t"),
+    (r"/etc(/rc\.d)?/init\.d/koji-indirection$|/etc/rc\.local$", "initrc_exec_t"),
+    (r"/etc/selinux/config$", "selinux_config_t"),
+    (r"", "etc_t"),
+)
 _DRIVERS = ("virtio_blk", "virtio_console", "ahci", "ata_piix")
 
 
@@ -56,7 +66,7 @@ def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem
     Raises BuildFailed when the image holds no operating system, or one in
     which nothing could start the job.
     """
-    root_device = _mount_root(appliance)
+    root_device = mount_root(appliance)
     start = initsystem.plan(appliance)
     selinux_config = _permissive_selinux_config(appliance)
     os_release = _os_release(appliance)
@@ -74,6 +84,7 @@ def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem
     for path, source in host_files(job).items():
         appliance.call("upload", str(source), f"/{path}")
         appliance.call("chmod", 0o600, f"/{path}")
+    _label(appliance, [*_archive_names(archive), *host_files(job)])
     appliance.call("umount_all")
     system = GuestSystem(
         root_device,
@@ -122,52 +133,34 @@ def _tar(files: Files, links: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _mount_root(appliance: Appliance) -> str:
-    """Mount the file system that looks like a root at the appliance's /, read-write.
+def _archive_names(archive: Path) -> list[str]:
+    with tarfile.open(archive) as tar:
+        return tar.getnames()
 
-    Looking for the marks of a root on each file system takes well under a
-    second; libguestfs's own inspection takes 11 to 16 s under TCG and is asked
-    only when the marks are not found (a /usr or /etc of its own).
+
+def _label(appliance: Appliance, names: Iterable[str]) -> None:
+    """Give what was written the labels that the policy has for it, if the guest has labels.
+
+    Without them a guest that turns enforcing again could not read its own units.
     """
-    file_systems: dict[str, str] = appliance.call("list_filesystems")
-    unreadable = []
-    for device, kind in file_systems.items():
-        if not kind.startswith(("ext", "xfs", "btrfs", "f2fs")):
-            continue
-        try:
-            appliance.call("mount", device, "/")
-        except ApplianceError as error:
-            unreadable.append(f"{device} does not mount: {printable(error.reason, 200)}")
-            log.debug("%s", unreadable[-1])
-            continue
-        if appliance.call("is_dir", "/etc", followsymlinks=True) and any(
-            appliance.call("exists", path) or appliance.call("is_symlink", path)
-            for path in ("/sbin/init", "/usr/lib/systemd/systemd", "/bin/busybox")
-        ):
-            return device
-        appliance.call("umount_all")
-    roots: list[str] = appliance.call("inspect_os")
-    if not roots:
-        found = ", ".join(f"{device} ({kind})" for device, kind in file_systems.items())
-        raise BuildFailed(
-            "; ".join(
-                [
-                    "the utility image holds no operating system",
-                    f"file systems found: {found or 'none'}",
-                    *unreadable,
-                ]
-            ),
-            "use an image of a full, bootable system as utility image",
-        )
-    mountpoints: dict[str, str] = appliance.call("inspect_get_mountpoints", roots[0])
-    for directory in sorted(mountpoints, key=len):
-        try:
-            appliance.call("mount", mountpoints[directory], directory)
-        except ApplianceError as error:
-            if directory in ("/", "/usr"):
-                raise
-            log.debug("%s does not mount: %s", directory, error.reason)
-    return roots[0]
+    if not _has_label(appliance, "/etc"):
+        return
+    paths = {PurePosixPath("/", name) for name in names}
+    for directory in {parent for path in paths for parent in path.parents}:
+        if _ETC in directory.parents and not _has_label(appliance, str(directory)):
+            paths.add(directory)  # it was not there before
+    for path in sorted(paths):
+        kind = next(kind for pattern, kind in _LABELS if re.match(pattern, str(path)))
+        label = f"system_u:object_r:{kind}:s0"
+        appliance.call("lsetxattr", _SELINUX_XATTR, label, len(label), str(path))
+
+
+def _has_label(appliance: Appliance, path: str) -> bool:
+    try:
+        appliance.call("lgetxattr", path, _SELINUX_XATTR)
+    except ApplianceError:
+        return False
+    return True
 
 
 def _permissive_selinux_config(appliance: Appliance) -> str | None:

@@ -96,6 +96,9 @@ class FakeGuest:
             raise ApplianceError("file_architecture", f"unknown architecture: {path}")
         return text[4:]
 
+    def lgetxattr(self, path: str, name: str) -> str:
+        raise ApplianceError("lgetxattr", f"{path}: {name}: No data available")
+
     def inspect_os(self) -> list[str]:
         return []
 
