@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from pathlib import Path
+
+import pytest
 
 from .conftest import RESULT, Builder, special_image
 
@@ -111,9 +114,34 @@ def test_a_guest_without_virtio_and_sata_gets_ide_disks(build: Builder, tiny_raw
 # Other arches
 
 
-def test_a_utility_image_of_another_arch_is_refused_at_once(
-    build: Builder, tiny_image: Path
+@pytest.fixture
+def aarch64_image() -> Path:
+    if shutil.which("qemu-system-aarch64") is None:
+        pytest.skip("qemu-system-arm is not installed")
+    return special_image("aarch64")
+
+
+def test_a_guest_of_another_arch_is_emulated_when_it_is_asked_for(
+    build: Builder, tiny_image: Path, aarch64_image: Path
 ) -> None:
-    build([("result", RESULT)], "--arch", "aarch64", input_image=tiny_image).failed(
-        "the utility image is a system for x86_64, but the guest is to be one for aarch64"
+    built = build(
+        [("arch", "uname -m"), ("mount", "mount /dev/vdb1 /mnt"), ("result", RESULT)],
+        *("--arch", "aarch64", "--memory", "512M", "--boot-timeout", "5m"),
+        input_image=tiny_image,
+        utility_image=aarch64_image,
+    ).succeeded()
+    found = built.manifest["guest"]
+    assert (found["arch"], found["firmware"], found["cpu_model"]) == (
+        "aarch64",
+        "uefi",
+        "cortex-a57",
+    )
+    assert "aarch64\n=== exit status 0" in built.log("job.log")
+
+
+def test_a_utility_image_of_another_arch_is_refused_at_once(
+    build: Builder, tiny_image: Path, aarch64_image: Path
+) -> None:
+    build([("result", RESULT)], input_image=tiny_image, utility_image=aarch64_image).failed(
+        "the utility image is a system for aarch64, but the guest is to be one for x86_64"
     )
