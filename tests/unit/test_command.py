@@ -352,7 +352,7 @@ def test_doctor_says_what_a_bare_machine_lacks(
     assert findings["libguestfs"]["verdict"] == "FAILED"
     assert "python3-guestfs" in findings["libguestfs"]["message"] + findings["libguestfs"]["hint"]
     assert findings["qemu-img"]["verdict"] == "ok"
-    assert {"acceleration", "work directory", "memory"} <= set(findings)
+    assert {"acceleration", "work directory", "memory", "UEFI"} <= set(findings)
     assert list((tmp_path / "w").iterdir()) == []
 
 
