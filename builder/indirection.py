@@ -145,7 +145,7 @@ class IndirectionBuildTask(_Task):
         with self._failing(build):
             settings = None if complete else self._settings(spec, self._only_arch())
             target = kojibuild.check_target(self.session, spec)
-            inputs = None if complete else self._inputs(spec, settings)
+            inputs = None if complete else self._inputs(spec, target, settings)
         if complete:
             _, entries = kojibuild.handed_over(daemon) or (None, None)
         else:
@@ -167,15 +167,15 @@ class IndirectionBuildTask(_Task):
             files = kojibuild.move_to_scratch_again(daemon, entries)
         else:
             settings = self._settings(spec, self._only_arch())
-            kojibuild.check_target(self.session, spec)
-            inputs = self._inputs(spec, settings)
+            target = kojibuild.check_target(self.session, spec)
+            inputs = self._inputs(spec, target, settings)
             nvr = f"{spec.name}-{spec.version}-{kojibuild.release_of(self.session, spec)}"
             entries = self._entries(spec, nvr, inputs, settings)
             files = kojibuild.move_to_scratch(daemon, nvr, entries)
         return {"nvr": nvr, "files": files, "task_id": self.id}
 
-    def _inputs(self, spec, settings):
-        inputs = kojibuild.find_inputs(self._daemon(spec), spec, settings)
+    def _inputs(self, spec, target, settings):
+        inputs = kojibuild.find_inputs(self._daemon(spec), spec, target, settings)
         types = kojibuild.ArchiveTypes(self.session)
         for arch in spec.arches:
             types.check_patterns(spec.build_for(arch).results)

@@ -18,6 +18,7 @@ import signal
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from .config import Settings, load_settings, require_within_limits
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .manifest import FILE_NAME as MANIFEST
 from .manifest import KojiRecord, Manifest, Origin
+from .spec import BuildSpec
 from .taskspec import TaskSpec
 from .template import Template
 from .units import GIB, format_size
@@ -341,6 +343,7 @@ class Inputs:
     """What one arch is built from: found, vetted as far as it is here, nothing large fetched.
 
     template_source -- the SCM URL with its commit, or where the file was uploaded to.
+    tag_repo -- below topurl, without the arch; None unless the build tag's is asked for.
     """
 
     template: Template
@@ -348,6 +351,7 @@ class Inputs:
     template_source: str
     input_image: sources.Source
     utility_image: sources.Source
+    tag_repo: str | None = None
 
     def images(self, arch: str) -> list[dict[str, Any]]:
         """Both images as the hub's recordIndirectionInputs() takes them."""
@@ -378,6 +382,7 @@ class Inputs:
         return {
             "template_source": self.template_source,
             "template_sha256": self.template.sha256,
+            "tag_repo": self.tag_repo,
             "input_image": dataclasses.asdict(self.input_image),
             "utility_image": dataclasses.asdict(self.utility_image),
         }
@@ -428,11 +433,15 @@ def build_extra(spec: TaskSpec, inputs: Mapping[str, Inputs]) -> dict[str, Any]:
     return {"indirection": record}
 
 
-def find_inputs(daemon: Daemon, spec: TaskSpec, settings: Settings) -> dict[str, Inputs]:
+def find_inputs(
+    daemon: Daemon, spec: TaskSpec, target: Mapping[str, Any], settings: Settings
+) -> dict[str, Inputs]:
     """Get the template, once, and resolve both images for each arch.
 
-    Raises what template and sources raise.
+    target -- as check_target() gives it.
+    Raises what template and sources raise, and BuildFailed where the build tag has no repository.
     """
+    tag_repo = _tag_repo(daemon.session, target) if spec.tag_repo else None
     path, source = _fetch_template(daemon, spec, spec.template_scm, settings)
     parsed = template.load(path)
     template.require_supported(parsed)
@@ -454,6 +463,7 @@ def find_inputs(daemon: Daemon, spec: TaskSpec, settings: Settings) -> dict[str,
             template_source=source,
             input_image=resolved(spec.input_image, arch, spec.input_archive, "input image"),
             utility_image=resolved(spec.utility_image, arch, spec.utility_archive, "utility image"),
+            tag_repo=tag_repo,
         )
         for arch in spec.arches
     }
@@ -477,7 +487,36 @@ def pinned_inputs(
         template_source=source,
         input_image=sources.Source(**pinned["input_image"]),
         utility_image=sources.Source(**pinned["utility_image"]),
+        tag_repo=pinned["tag_repo"],
     )
+
+
+def _tag_repo(session: Any, target: Mapping[str, Any]) -> str:
+    """Where the build tag's latest repository is, below topurl."""
+    tag = target["build_tag_name"]
+    repo = session.getRepo(target["build_tag"])
+    if not repo:
+        raise BuildFailed(
+            f"the build tag {tag} has no repository that is ready",
+            f"have one made with: koji regen-repo {tag}",
+        )
+    return f"repos/{tag}/{repo['id']}"
+
+
+def build_spec(daemon: Daemon, spec: TaskSpec, arch: str, inputs: Inputs) -> BuildSpec:
+    """The build spec of one arch; with the build tag's repository, if it is asked for."""
+    build = spec.build_for(arch)
+    if inputs.tag_repo is None:
+        return build
+    if not daemon.topurl:
+        raise BuilderFault(
+            "the build tag's repository has no address: this builder has no topurl",
+            "set topurl in kojid.conf",
+        )
+    # As koji.pathinfo and its repositories have it: i386 also for i686.
+    path = urllib.parse.quote(f"{inputs.tag_repo}/{_canonical(arch)}")
+    address = f"{daemon.topurl.rstrip('/')}/{path}"
+    return dataclasses.replace(build, repos=tuple(dict.fromkeys((*build.repos, address))))
 
 
 def _fetch_template(
@@ -791,7 +830,7 @@ def _fetch_and_build(
     ):
         log.info("both images are here, after %.0f s", time.monotonic() - started)
         order = pipeline.Order(
-            spec=spec.build_for(arch),
+            spec=build_spec(daemon, spec, arch, inputs),
             template=inputs.template,
             template_name=Path(spec.template).name,
             input_image=input_image,

@@ -92,7 +92,7 @@ def put_rpms(koji: RealKoji) -> None:
 
 
 def builder_conf(koji: RealKoji, more: str = "", cache: str = "builder-cache") -> str:
-    return f"[indirection]\ncache_dir = {koji.work / cache}\n{more}"
+    return f"[indirection]\ncache_dir = {koji.work / cache}\n[guest]\nnetworks = lan\n{more}"
 
 
 @pytest.fixture
@@ -372,6 +372,10 @@ def test_a_missing_result_fails_the_build(koji: RealKoji, submit: Submit) -> Non
         ({"template": "dead.tdl"}, "there is no template dead.tdl in the checkout"),
         ({"arches": ["x86_64", "ppc64le"]}, "ppc64le is not an arch of the build tag"),
         ({"arches": ["x86_64", "aarch64"]}, "there is no image for aarch64, only for"),
+        (
+            {"tag_repo": True, "build": {"network": "lan"}},
+            "the build tag images-build has no repository that is ready",
+        ),
         ({"tempalte": "x"}, "did you mean 'template'"),
         (
             {"build": {"workspace_size_bytes": 1025 * 2**30}},
@@ -403,7 +407,7 @@ def test_a_template_repository_that_is_not_allowed_is_refused(
     ("fields", "reason"),
     [
         ({"accel": "kvm"}, "KVM was asked for but cannot be used"),
-        ({"build": {"network": "lan"}}, "asks for the network lan, this host allows none"),
+        ({"build": {"network": "wan"}}, "asks for the network wan, this host allows lan"),
     ],
 )
 def test_a_host_without_what_the_build_needs_refuses_softly(

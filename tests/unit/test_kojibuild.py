@@ -310,7 +310,35 @@ def test_what_the_hub_is_told_of_inputs_is_what_its_schema_takes() -> None:
 def test_pinned_inputs_survive_the_wire() -> None:
     pinned = inputs().pinned()
     assert sources.Source(**pinned["input_image"]) == source()
-    assert None not in pinned.values()
+
+
+TARGET = {"build_tag": 1, "build_tag_name": "f44-build"}
+
+
+def test_the_build_tags_repository_comes_after_those_of_the_spec() -> None:
+    pytest.importorskip("koji")
+    asked = spec(
+        arches=["x86_64", "i686"],
+        tag_repo=True,
+        build={"network": "user", "repos": ["http://example.com/extra"]},
+    )
+    place = kojibuild._tag_repo(Hub(getRepo={"id": 77}), TARGET)
+    daemon = dataclasses.replace(DAEMON, topurl="https://koji.example.com/files/")
+    found = inputs(tag_repo=place)
+    for arch, directory in (("x86_64", "x86_64"), ("i686", "i386")):
+        assert kojibuild.build_spec(daemon, asked, arch, found).repos == (
+            "http://example.com/extra",
+            f"https://koji.example.com/files/repos/f44-build/77/{directory}",
+        )
+    assert kojibuild.build_spec(daemon, asked, "x86_64", inputs()) == asked.build
+    with pytest.raises(BuilderFault, match="this builder has no topurl"):
+        kojibuild.build_spec(DAEMON, asked, "x86_64", found)
+
+
+def test_a_build_tag_without_a_repository_is_told() -> None:
+    with pytest.raises(BuildFailed, match="the build tag f44-build has no repository") as caught:
+        kojibuild._tag_repo(Hub(getRepo=None), TARGET)
+    assert caught.value.hint == "have one made with: koji regen-repo f44-build"
 
 
 def test_the_manifest_is_told_where_everything_is_from() -> None:
