@@ -551,7 +551,9 @@ def test_images_are_named_in_every_way_that_koji_has(koji: RealKoji, submit: Sub
     session.createTag("images-child", parent="images-candidate")
     koji.add_package("tiny")
     session.tagBuildBypass("images-candidate", INPUT)
-    raw = f"{RESULTS} && head -c 1048576 /dev/zero >results/disk.raw"
+    # The partition table makes it a disk.
+    raw = f"{RESULTS} && head -c 1048576 input_image.raw >results/disk.raw"
+    mark = "dd of=results/disk.raw bs=1024 seek=512 conv=notrunc"
     utility = {
         "utility_image": "latest:tiny@images-child",
         "build": {"results": ["/results/*.raw"]},
@@ -562,15 +564,14 @@ def test_images_are_named_in_every_way_that_koji_has(koji: RealKoji, submit: Sub
         return task_id
 
     scratch = submit(
-        f"{raw} && echo scratch | dd of=results/disk.raw conv=notrunc",
+        f"{raw} && echo made by scratch | {mark}",
         **utility,
         scratch=True,
         input_image=f"build:{session.getBuild(INPUT)['id']}",
     )
     made_by(scratch)
     closed = submit(
-        f"{raw} && grep -q scratch input_image.raw"
-        " && echo closed | dd of=results/disk.raw conv=notrunc",
+        f"{raw} && grep -q 'made by scratch' input_image.raw && echo made by closed | {mark}",
         **utility,
         skip_tag=True,
         input_image=f"task:{scratch}",
@@ -583,7 +584,7 @@ def test_images_are_named_in_every_way_that_koji_has(koji: RealKoji, submit: Sub
     assert inputs["utility image"]["nvr"] == INPUT
     made_by(
         submit(
-            f"{raw} && grep -q closed input_image.raw",
+            f"{raw} && grep -q 'made by closed' input_image.raw",
             **utility,
             scratch=True,
             input_image=f"task:{closed}",
