@@ -384,6 +384,7 @@ def _choose(
                 f"there is {_names(disks or candidates)}",
             )
     of_arch = [one for one in wanted if one.arch == arch]
+    of_arch = of_arch or [one for one in wanted if one.arch and _same_arch(one.arch, arch)]
     of_arch = of_arch or [one for one in wanted if one.arch is None]
     if not of_arch:
         arches = ", ".join(sorted({_plain(str(one.arch)) for one in wanted}))
@@ -397,6 +398,13 @@ def _choose(
             f"pick one with {option} GLOB",
         )
     return of_arch[0]
+
+
+def _same_arch(one: str, other: str) -> bool:
+    """As Koji sees it: an image for i386 is one for i686."""
+    import koji  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    return bool(koji.canonArch(one) == koji.canonArch(other))
 
 
 def _is_disk(name: str) -> bool:

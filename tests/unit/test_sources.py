@@ -346,6 +346,21 @@ def test_paths_are_those_of_koji_itself(hub: Hub, volume: str) -> None:
     assert str(source.file(Path("/mnt/koji"))) == f"{where}/x/y/z.x86_64.raw"
 
 
+def test_arches_are_compared_as_koji_does(hub: Hub) -> None:
+    hub.add_build(
+        "a-1-1",
+        archive_record(1, "a.i386.raw", arch="i386"),
+        archive_record(2, "a.x86_64.raw"),
+    )
+    assert look_up(hub, "a-1-1", "i686").archive_id == 1
+    hub.add_build(
+        "b-1-1",
+        archive_record(3, "b.i386.raw", arch="i386"),
+        archive_record(4, "b.i686.raw", arch="i686"),
+    )
+    assert look_up(hub, "b-1-1", "i686").archive_id == 4, "its very name comes first"
+
+
 def test_several_disks_are_listed_and_the_option_that_picks_one_is_named(hub: Hub) -> None:
     hub.add_build("a-1-1", archive_record(1, "a.qcow2"), archive_record(2, "a.raw.xz"))
     with pytest.raises(UsageError, match=r"2 disk images for x86_64: a.qcow2, a.raw.xz") as caught:
