@@ -379,8 +379,7 @@ def test_a_missing_result_fails_the_build(koji: RealKoji, submit: Submit) -> Non
         ({"tempalte": "x"}, "did you mean 'template'"),
         (
             {"build": {"workspace_size_bytes": 1025 * 2**30}},
-            "workspace size is 1025 GiB, above this machine's limit of 1024 GiB"
-            " (max_workspace_size)",
+            "workspace size is 1025 GiB, above this machine's limit of 1 TiB (max_workspace_size)",
         ),
     ],
 )
