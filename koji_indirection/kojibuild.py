@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, NoReturn
 
-from . import accel, jobdir, output, pipeline, sources, sweep, template
+from . import accel, cache, jobdir, output, pipeline, sources, sweep, template
 from .config import Settings, load_settings, require_within_limits
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .manifest import FILE_NAME as MANIFEST
@@ -580,7 +580,7 @@ def _fetched(
         source,
         topurl=daemon.topurl,
         topdir=daemon.topdir,
-        cache=sources.Cache.of(settings),
+        cache=cache.Cache.of(settings),
         download=settings.download,
     )
 

@@ -23,10 +23,12 @@ from typing import Any
 
 import pytest
 
+from koji_indirection import cache as cache_module
 from koji_indirection import sources
+from koji_indirection.cache import Cache
 from koji_indirection.config import Download, Settings
 from koji_indirection.errors import BuilderFault, BuildFailed, UsageError
-from koji_indirection.sources import Cache, Reference, Source, fetch, resolve
+from koji_indirection.sources import Reference, Source, fetch, resolve
 from koji_indirection.units import GIB
 
 koji = pytest.importorskip("koji", reason="Koji's client library is not installed")
@@ -1161,7 +1163,7 @@ def test_a_lock_file_that_was_removed_while_we_locked_it_counts_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else two processes would hold "the" lock: one of the old file, one of a new one."""
-    path, real = tmp_path / "x.lock", sources.fcntl.flock
+    path, real = tmp_path / "x.lock", cache_module.fcntl.flock
     removed = []
 
     def flock(lock: int, operation: int) -> None:
@@ -1170,10 +1172,10 @@ def test_a_lock_file_that_was_removed_while_we_locked_it_counts_for_nothing(
             removed.append(lock)
         real(lock, operation)
 
-    monkeypatch.setattr(sources.fcntl, "flock", flock)
-    lock = sources._try_lock(path, sources.fcntl.LOCK_EX)
+    monkeypatch.setattr(cache_module.fcntl, "flock", flock)
+    lock = cache_module._try_lock(path, cache_module.fcntl.LOCK_EX)
     assert lock is not None
-    assert sources._try_lock(path, sources.fcntl.LOCK_SH) is None
+    assert cache_module._try_lock(path, cache_module.fcntl.LOCK_SH) is None
     os.close(lock)
 
 
@@ -1240,7 +1242,8 @@ import dataclasses, json, sys
 from pathlib import Path
 from koji_indirection.config import Download
 from koji_indirection.errors import IndirectionError
-from koji_indirection.sources import Cache, Source, fetch
+from koji_indirection.cache import Cache
+from koji_indirection.sources import Source, fetch
 
 order = json.loads(Path(sys.argv[1]).read_text())
 cache = Cache(Path(order["directory"]), max_bytes=order["max_bytes"], keep_free_bytes=0)
