@@ -160,6 +160,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                " (default: none)", "network"),
         Option("--repo", "URL", "package repository that the guest has for the time of the job;"
                " repeatable", "repos", _lines),
+        _flag("--tag-repo", "the guest has the build tag's repository too, for that time"),
         Option("--accel", "|".join(ACCELERATORS), "what it runs on (default: auto: KVM where it"
                " works)", "accel"),
     ),

@@ -273,6 +273,64 @@ def test_the_policy_sees_all_that_the_documentation_promises(hub: RealKoji, user
         assert not allowed(user, utility_image="task:5")
 
 
+def test_the_policy_sees_what_network_the_guest_is_to_have(hub: RealKoji, user: Any) -> None:
+    def asks(network: str | None, **more: Any) -> dict[str, Any]:
+        """With this network for x86_64 and none for aarch64."""
+        per_arch = {} if network is None else {"x86_64": {"network": network, **more}}
+        return {"arches": ["x86_64", "aarch64"], "arch_build": per_arch}
+
+    with hub_with(hub, policy={"indirection": "match network none :: allow\nall :: deny"}):
+        assert allowed(user)
+        assert allowed(user, build={"network": "none"})
+        assert not allowed(user, build={"network": "user"})
+        assert not allowed(user, **asks("user"))
+    with hub_with(hub, policy={"indirection": "match network user :: deny\nall :: allow"}):
+        assert not allowed(user, **asks("user"))
+        assert allowed(user, **asks("br0"))
+    policy = """
+        match_any networks lab :: deny
+        match_any repos *elsewhere* :: deny
+        bool tag_repo && match network br0 :: deny
+        match_all networks none user :: allow
+        match network br0?user :: allow
+        all :: deny
+    """
+    both = {"x86_64": {"network": "user"}, "aarch64": {"network": "br0"}}
+    with hub_with(hub, policy={"indirection": policy}):
+        assert allowed(user, **asks("user", repos=["http://h/here"]))
+        assert not allowed(user, **asks("user", repos=["http://h/elsewhere/1"]))
+        assert not allowed(user, **asks("lab"))
+        assert not allowed(user, **asks("br0"))
+        assert allowed(user, arches=["x86_64", "aarch64"], arch_build=both)
+        assert allowed(user, build={"network": "user"}, tag_repo=True)
+        assert not allowed(user, build={"network": "br0"}, tag_repo=True)
+
+
+def test_a_policy_may_allow_an_uploaded_template_for_a_build(hub: RealKoji, user: Any) -> None:
+    import koji
+
+    upload = {**SCRATCH, "scratch": False}
+    policy = {
+        "indirection_template_upload": """
+            target images && match network none :: allow
+            all :: deny only without a network
+        """
+    }
+    with hub_with(hub, policy=policy):
+        task = hub.task(user.indirectionBuild(wire(**upload)))
+        assert task["request"][0]["template_upload"] == UPLOAD
+        with pytest.raises(koji.ActionNotAllowed, match=r"from source control.*only without a net"):
+            user.indirectionBuild(wire(**upload, build={"network": "user"}))
+        assert user.indirectionBuild(wire(**SCRATCH, build={"network": "user"}))
+    with hub_with(hub, policy={**policy, "indirection": "all :: deny"}):
+        assert not allowed(user, **upload)
+    with (
+        hub_with(hub, policy={"indirection_template_upload": "target nowhere :: allow"}),
+        pytest.raises(koji.ActionNotAllowed, match="template from source control"),
+    ):
+        user.indirectionBuild(wire(**upload))
+
+
 def test_the_channel_can_be_set_and_the_policies_for_channels_see_the_request(
     hub: RealKoji, user: Any
 ) -> None:

@@ -110,6 +110,7 @@ def test_every_option_reaches_the_spec() -> None:
         *["--workspace-size=40G", "--workspace-fs=xfs", "--cpus=8", "--memory=6G"],
         *["--accel=kvm", "--timeout=2h", "--command-timeout=1h", "--boot-timeout=10m"],
         *["--network=user", "--repo=http://h/r", "--repo=http://h/debian bookworm main"],
+        *["--tag-repo"],
         *["--shutdown-timeout=90", "--scratch", "--skip-tag", "--priority=3", "--nowait"],
         *["--dry-run", "--noprogress", "--quiet", "--json"],
     )
@@ -129,6 +130,7 @@ def test_every_option_reaches_the_spec() -> None:
             template_scm=SCM,
             scratch=True,
             skip_tag=True,
+            tag_repo=True,
             accel="kvm",
             build=BuildSpec(
                 results=("/results/*.iso", "/results/a, b.json"),
@@ -333,6 +335,34 @@ results =
 memory = 8G
 input_filename = /in.raw
 """
+
+
+def test_an_arch_has_a_network_and_repositories_of_its_own(conf: Any) -> None:
+    asked = spec(
+        conf(
+            f"""
+[indirection-build]
+target = images
+name = live
+version = 1
+arch = x86_64 aarch64
+input_image = in-1-1
+template = live.tdl
+template_scm = {SCM}
+network = user
+repo = http://h/repo
+    http://h/debian bookworm main
+tag_repo = yes
+[indirection-build:aarch64]
+network = br0
+repo = http://h/other
+"""
+        )
+    )
+    assert asked.tag_repo
+    assert asked.build_for("x86_64").repos == ("http://h/repo", "http://h/debian bookworm main")
+    assert asked.build_for("aarch64").network == "br0"
+    assert asked.build_for("aarch64").repos == ("http://h/other",)
 
 
 def test_an_arch_has_its_own_values(conf: Any) -> None:
