@@ -28,6 +28,7 @@ DEFAULTS = {
     "sleeptime": 1,
     "max_retries": 120,
     "retry_interval": 1,
+    "use_fast_upload": True,
     "offline_retry": True,
     "offline_retry_interval": 1,
     "allowed_scms": "",
@@ -37,6 +38,10 @@ DEFAULTS = {
     "buildroot_basic_cleanup_delay": 0,
     "buildroot_final_cleanup_delay": 0,
 }
+
+# What of it the session wants.
+SESSION = ("user", "password", "use_fast_upload", "max_retries", "retry_interval")
+SESSION += ("offline_retry", "offline_retry_interval")
 
 
 class TagBuildTask(koji.tasks.BaseTaskHandler):  # type: ignore[misc]
@@ -117,8 +122,7 @@ def main() -> None:
     # How busy the machine is besides is no business of a test.
     os.getloadavg = lambda: (0.0, 0.0, 0.0)
     signal.signal(signal.SIGTERM, _end)
-    names = ("user", "password", "max_retries", "retry_interval", "offline_retry")
-    session = koji.ClientSession(options.server, {name: options[name] for name in names})
+    session = koji.ClientSession(options.server, {name: options[name] for name in SESSION})
     session.login()
     session.exclusiveSession(force=True)
     with covered(arguments.etc):

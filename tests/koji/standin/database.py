@@ -42,6 +42,7 @@ CREATE TABLE task (id INTEGER PRIMARY KEY AUTOINCREMENT, state INTEGER NOT NULL,
 CREATE TABLE scheduler_task_refusals (id INTEGER PRIMARY KEY AUTOINCREMENT,
     task_id INTEGER NOT NULL, host_id INTEGER NOT NULL, by_host BOOLEAN NOT NULL,
     soft BOOLEAN NOT NULL, msg TEXT, time REAL NOT NULL);
+CREATE TABLE scheduler_sys_data (name TEXT PRIMARY KEY, data JSON);
 CREATE TABLE scheduler_log_messages (id INTEGER PRIMARY KEY AUTOINCREMENT, task_id INTEGER,
     host_id INTEGER, msg_time REAL NOT NULL, msg TEXT NOT NULL);
 
@@ -114,14 +115,14 @@ ARCHIVE_TYPES = (
     ("qcow2-compressed", "qcow2 disk, packed", "qcow2.gz qcow2.xz"),
     ("vhdx", "vhdx disk", "vhdx vhdx.gz vhdx.xz"),
     ("ova", "virtual appliance", "ova"),
-    ("iso", "CD/DVD Image", "iso"),
-    ("iso-compressed", "CD or DVD, packed", "iso.gz iso.xz"),
     ("vmlinuz", "kernel", "vmlinuz vmlinuz.gz vmlinuz.xz"),
     ("squashfs", "squashfs", "squashfs"),
     ("erofs", "erofs", "erofs"),
     ("json", "json", "json"),
     ("yaml", "yaml", "yaml yml"),
     ("ks", "kickstart", "ks"),
+    ("iso", "CD/DVD Image", "iso"),
+    ("iso-compressed", "CD or DVD, packed", "iso.gz iso.xz"),
     ("cfg", "configuration", "cfg conf ini properties"),
     ("txt", "text", "txt"),
     ("packages", "list of packages", "packages"),
@@ -161,6 +162,7 @@ class Database:
             check_same_thread=False,
         )
         self._connection.row_factory = _as_dict
+        self._connection.execute("PRAGMA synchronous = OFF")  # nobody wants it after a power cut
         if new:
             self._connection.executescript(SCHEMA)
             for name, description, extensions in ARCHIVE_TYPES:
@@ -244,8 +246,8 @@ def run_script(path: Path, script: str, values: Mapping[str, str]) -> None:
     try:
         with connection:
             statement = ""
-            for line in script.splitlines(keepends=True):
-                statement += line
+            for piece in script.split(";")[:-1]:
+                statement += f"{piece};"
                 if sqlite3.complete_statement(statement):
                     connection.execute(statement, dict(values))
                     statement = ""

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import koji
 import koji.util
@@ -48,7 +48,7 @@ def _claim(owner: Path, directory: str) -> None:
         raise koji.GenericError(f"Invalid upload directory, not owner: {directory}")
 
 
-def upload(query: Mapping[str, str], content: IO[bytes], length: int) -> dict[str, Any]:
+def upload(query: Mapping[str, str], content: Any, length: int) -> dict[str, Any]:
     """Write length bytes at an offset; what was behind it is gone if overwrite is asked for."""
     if not context.session.logged_in:
         raise koji.ActionNotAllowed("you must be logged-in to upload a file")
@@ -157,7 +157,7 @@ class FileCalls:
             raise koji.GenericError(f'no file "{fileName}" output by task {taskID}')
         with path.open("rb") as file:
             file.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
-            return base64.encodebytes(file.read(int(size))).decode()
+            return base64.b64encode(file.read(int(size))).decode()
 
 
 def _status(path: Path) -> dict[str, Any]:

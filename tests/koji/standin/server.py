@@ -127,7 +127,7 @@ class Hub:
         return self._answer(headers, method, answer)
 
     def upload(
-        self, headers: Mapping[str, Any], query: Mapping[str, str], content: IO[bytes], length: int
+        self, headers: Mapping[str, Any], query: Mapping[str, str], content: Any, length: int
     ) -> str:
         return self._answer(headers, None, lambda: files.upload(query, content, length))
 
@@ -192,6 +192,23 @@ def _fault(error: Exception) -> koji.xmlrpcplus.Fault:
     return koji.xmlrpcplus.Fault(1, _traceback(error))
 
 
+class _Rest:
+    """What is still to be read of a request: of a refused upload all of it."""
+
+    def __init__(self, stream: IO[bytes], length: int) -> None:
+        self._stream = stream
+        self._left = length
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(min(size, self._left))
+        self._left -= len(data)
+        return data
+
+    def skip(self) -> None:
+        while self.read(files.BLOCK_BYTES):
+            pass
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """POST /kojihub."""
 
@@ -202,8 +219,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         query = dict(parse_qsl(urlsplit(self.path).query))
         if self.headers.get("Content-Type") == "application/octet-stream":
-            text = self.hub.upload(self.headers, query, self.rfile, length)
-            self.close_connection = True  # of a refused upload the rest is still to come
+            content = _Rest(self.rfile, length)
+            text = self.hub.upload(self.headers, query, content, length)
+            content.skip()
         else:
             text = self.hub.call(self.headers, self.rfile.read(length))
         body = text.encode()

@@ -76,5 +76,25 @@ class StandInKoji(AnyKoji):
         return str(REPOSITORY)
 
 
+class HubAlone(StandInKoji):
+    """With nothing in it but the admin; and no builder."""
+
+    def __init__(self, plugin: str, work: Path, logs: Path) -> None:
+        super().__init__(work, logs)
+        self._plugin = plugin
+
+    def start(self) -> None:
+        self._make_directories()
+        (self._extra_plugins("hub") / "of_the_test.py").write_text(self._plugin)
+        Database(self._database)
+        self._make_admin()
+        self.hub_start()
+
+
+def running_stand_in_hub(plugin: str) -> AbstractContextManager[HubAlone]:
+    """plugin -- the source of one."""
+    return running(lambda work, logs: HubAlone(plugin, work, logs))
+
+
 def running_stand_in() -> AbstractContextManager[StandInKoji]:
     return running(StandInKoji)

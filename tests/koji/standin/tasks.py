@@ -212,8 +212,15 @@ def _priority(data: Row, priority: int) -> int:
 
 
 def schedule() -> None:
-    """Give each free task to the least loaded host that may have it."""
-    db = context.db
+    """Give each free task to the least loaded host that may have it; not too often."""
+    db, now = context.db, time.time()
+    last = db.value("SELECT data FROM scheduler_sys_data WHERE name = 'last_run_ts'")
+    if last is not None and now - last < float(context.opts.get("runinterval", 60)):
+        return
+    db.rows(
+        "INSERT OR REPLACE INTO scheduler_sys_data (name, data) VALUES ('last_run_ts', %(now)s)",
+        now=now,
+    )
     for task in db.rows(f"SELECT {_COLUMNS} FROM task WHERE state = {FREE} ORDER BY priority, id"):
         hosts = [host for host in _ready_hosts() if _may_have(host, task)]
         if hosts:
