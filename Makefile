@@ -28,6 +28,9 @@ PACKAGES := $(BUILDER_PACKAGES) $(EXAMPLE_PACKAGES) $(TEST_PACKAGES)
 # Python that ruff does not find by its name.
 SCRIPTS := examples/boot-iso
 
+# What tests/guest/images/make-image makes: utility images, each special in one thing.
+SPECIAL_IMAGES := sysvinit openrc
+
 RECIPES := $(wildcard examples/debian-utility/*)
 
 .PHONY: demo test test-koji check lint setup packages images clean
@@ -51,7 +54,7 @@ lint: setup
 	$(BIN)/ruff format --check . $(SCRIPTS)
 	$(BIN)/mypy
 
-images: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2 $(IMAGES)/tiny.qcow2
+images: setup $(addprefix $(IMAGES)/,$(addsuffix .qcow2,utility input tiny $(SPECIAL_IMAGES)))
 
 setup: packages $(VENV)/ready
 
@@ -84,6 +87,10 @@ $(IMAGES)/input.qcow2: $(wildcard examples/debian-input/*) $(RECIPES) | packages
 $(IMAGES)/tiny.qcow2: $(wildcard examples/tiny-guest/*) $(RECIPES) | packages
 	mkdir -p $(IMAGES)
 	examples/tiny-guest/make-image $@
+
+$(SPECIAL_IMAGES:%=$(IMAGES)/%.qcow2): $(IMAGES)/%.qcow2: tests/guest/images/make-image $(RECIPES) | packages
+	mkdir -p $(IMAGES)
+	$< $* $@
 
 clean:
 	rm -rf $(VENV) .cache $(DEMO) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,45 +10,18 @@ import io
 import logging
 import re
 import tarfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from . import initsystem
 from .appliance import Appliance, ApplianceError
 from .errors import BuildFailed
+from .guestjob import Files, GuestJob, host_files, job_files
 from .guestlog import printable
-from .template import Command
+from .initsystem import Start, text_of
 
 log = logging.getLogger(__name__)
-
-STATUS_PORT = "org.koji.indirection.status"
-LOG_PORT = "org.koji.indirection.log"
-SAMPLE_SECONDS = 5
-
-_SYSTEMD = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd")
-# Where a small init says that it runs /etc/rc.local if there is one.
-_MAY_START_RC_LOCAL = ("/etc/inittab", "/etc/init.d/rcS", "/etc/rc")
-_JOB = "etc/koji-indirection"
-_OWN_RC_LOCAL = "/etc/rc.local.own"  # the guest's own rc.local, which still runs first
-
-# Units that wait for a person, or for a network that is not there, before multi-user is reached.
-_MASKED_UNITS = (
-    "NetworkManager-wait-online.service",
-    "systemd-networkd-wait-online.service",
-    "ifupdown-wait-online.service",
-    "systemd-time-wait-sync.service",
-    "systemd-firstboot.service",
-    "initial-setup.service",
-    "initial-setup-text.service",
-    "initial-setup-graphical.service",
-    "cloud-init-local.service",
-    "cloud-init.service",
-    "cloud-config.service",
-    "cloud-final.service",
-    "kdump.service",  # builds an initramfs at the first boot
-    "snapd.seeded.service",
-)
 
 
 @dataclass(frozen=True)
@@ -57,7 +30,7 @@ class GuestSystem:
 
     root_device -- the appliance's name of the file system that holds the root.
     os_id, version_id -- as in os-release(5); empty when the guest has none.
-    init -- "systemd" or "rc.local": how the job is started.
+    init -- how the job is started, as initsystem.Start names it.
     selinux -- True when the guest enforced SELinux and now boots permissive.
     """
 
@@ -82,36 +55,32 @@ def require_boot_code(appliance: Appliance) -> None:
         )
 
 
-def inject(
-    appliance: Appliance, commands: Sequence[Command], *, workspace_partition: str, tmp_dir: Path
-) -> GuestSystem:
-    """Find the guest's root, and write the runner, the commands and what starts them.
+def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem:
+    """Find the guest's root, and write the job and what starts it.
 
-    Raises BuildFailed when the image holds no operating system, or one that
-    has neither systemd nor an rc.local.
+    Raises BuildFailed when the image holds no operating system, or one in
+    which nothing could start the job.
     """
     root_device = _mount_root(appliance)
-    init = _init_system(appliance)
+    start = initsystem.plan(appliance)
     selinux_config = _permissive_selinux_config(appliance)
     os_release = _os_release(appliance)
     archive = tmp_dir / "job.tar"
-    archive.write_bytes(
-        job_archive(
-            commands,
-            workspace_partition=workspace_partition,
-            init=init,
-            selinux_config=selinux_config,
-        )
-    )
-    if init == "rc.local" and appliance.call("exists", "/etc/rc.local"):
-        appliance.call("mv", "/etc/rc.local", _OWN_RC_LOCAL)
+    archive.write_bytes(job_archive(job, start=start, selinux_config=selinux_config))
+    for path in start.removed:
+        appliance.call("rm", f"/{path}")
+    for old, new in start.moved.items():
+        appliance.call("mv", f"/{old}", f"/{new}")
     appliance.call("tar_in", str(archive), "/")
+    for path, source in host_files(job).items():
+        appliance.call("upload", str(source), f"/{path}")
+        appliance.call("chmod", 0o600, f"/{path}")
     appliance.call("umount_all")
     system = GuestSystem(
         root_device,
         os_release.get("ID", ""),
         os_release.get("VERSION_ID", ""),
-        init,
+        start.init,
         selinux=selinux_config is not None,
     )
     log.info(
@@ -119,54 +88,28 @@ def inject(
         system.os_id or "unknown system",
         system.version_id,
         root_device,
-        init,
+        start.init,
         ", SELinux set to permissive" if system.selinux else "",
     )
     return system
 
 
-def job_archive(
-    commands: Sequence[Command], *, workspace_partition: str, init: str, selinux_config: str | None
-) -> bytes:
-    """The tar archive, relative to the guest's root, of everything that the job needs there."""
-    files: dict[str, tuple[str, int]] = {
-        f"{_JOB}/run": (_job_file("run.sh"), 0o755),
-        f"{_JOB}/settings": (
-            f"STATUS_PORT={STATUS_PORT}\nLOG_PORT={LOG_PORT}\n"
-            f"WORKSPACE={workspace_partition}\nSAMPLE_SECONDS={SAMPLE_SECONDS}\n",
-            0o644,
-        ),
-    }
-    for number, command in enumerate(commands, start=1):
-        head = f"=== command {number} of {len(commands)}: {command.name}\n"
-        files[f"{_JOB}/commands/{number:04}.cmd"] = (command.text + "\n", 0o755)
-        files[f"{_JOB}/commands/{number:04}.head"] = (head, 0o644)
-    links: dict[str, str] = {}
-    if init == "systemd":
-        units = "etc/systemd/system"
-        files[f"{units}/koji-indirection.service"] = (_job_file("koji-indirection.service"), 0o644)
-        files["etc/cloud/cloud-init.disabled"] = ("", 0o644)
-        links[f"{units}/multi-user.target.wants/koji-indirection.service"] = (
-            "../koji-indirection.service"
-        )
-        links[f"{units}/default.target"] = "/lib/systemd/system/multi-user.target"
-        links.update({f"{units}/{unit}": "/dev/null" for unit in _MASKED_UNITS})
-    else:
-        files["etc/rc.local"] = (
-            f"#!/bin/sh\n[ -x {_OWN_RC_LOCAL} ] && {_OWN_RC_LOCAL}\n"
-            f"/bin/sh /{_JOB}/run </dev/null >/dev/null 2>&1 &\n",
-            0o755,
-        )
+def job_archive(job: GuestJob, *, start: Start, selinux_config: str | None) -> bytes:
+    """The tar archive, relative to the guest's root, of what the job needs there.
+
+    Files of the job that are on the host are not in it.
+    """
+    files = job_files(job)
+    files.update({name: (text.encode(), mode) for name, (text, mode) in start.files.items()})
     if selinux_config is not None:
-        files["etc/selinux/config"] = (selinux_config, 0o644)
-    return _tar(files, links)
+        files["etc/selinux/config"] = (selinux_config.encode(), 0o644)
+    return _tar(files, start.links)
 
 
-def _tar(files: dict[str, tuple[str, int]], links: dict[str, str]) -> bytes:
+def _tar(files: Files, links: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
-        for name, (text, mode) in files.items():
-            content = text.encode()
+        for name, (content, mode) in files.items():
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(content), mode
             archive.addfile(member, io.BytesIO(content))
@@ -177,8 +120,8 @@ def _tar(files: dict[str, tuple[str, int]], links: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _job_file(name: str) -> str:
-    return resources.files("koji_indirection").joinpath("job", name).read_text(encoding="utf-8")
+def _job_file(name: str) -> bytes:
+    return resources.files("koji_indirection").joinpath("job", name).read_bytes()
 
 
 def _mount_root(appliance: Appliance) -> str:
@@ -229,20 +172,6 @@ def _mount_root(appliance: Appliance) -> str:
     return roots[0]
 
 
-def _init_system(appliance: Appliance) -> str:
-    if any(appliance.call("exists", path) for path in _SYSTEMD):
-        return "systemd"
-    if appliance.call("is_file", "/etc/rc.local", followsymlinks=True) or any(
-        appliance.call("is_file", path) and "/etc/rc.local" in _text(appliance, path)
-        for path in _MAY_START_RC_LOCAL
-    ):
-        return "rc.local"
-    raise BuildFailed(
-        "the utility image has neither systemd nor an /etc/rc.local to start the job with",
-        "use a utility image that boots with systemd",
-    )
-
-
 def _permissive_selinux_config(appliance: Appliance) -> str | None:
     """The guest's SELinux configuration made permissive; None when it does not enforce.
 
@@ -252,7 +181,7 @@ def _permissive_selinux_config(appliance: Appliance) -> str | None:
     config = "/etc/selinux/config"
     if not appliance.call("is_file", config):
         return None
-    text = _text(appliance, config)
+    text = text_of(appliance, config)
     permissive = re.sub(
         r"(?m)^[ \t]*SELINUX[ \t]*=[ \t]*(?i:enforcing).*$", "SELINUX=permissive", text
     )
@@ -262,12 +191,6 @@ def _permissive_selinux_config(appliance: Appliance) -> str | None:
 def _os_release(appliance: Appliance) -> dict[str, str]:
     for path in ("/etc/os-release", "/usr/lib/os-release"):
         if appliance.call("is_file", path, followsymlinks=True):
-            pairs = (line.partition("=") for line in _text(appliance, path).splitlines())
+            pairs = (line.partition("=") for line in text_of(appliance, path).splitlines())
             return {key: value.strip("\"'")[:64] for key, _, value in pairs}
     return {}
-
-
-def _text(appliance: Appliance, path: str) -> str:
-    """The first 64 KiB of a small configuration file of the guest."""
-    content: str = appliance.call("pread", path, 65536, 0)
-    return content

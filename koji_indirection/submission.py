@@ -24,7 +24,7 @@ from .errors import BuildFailed, IndirectionError, UsageError
 from .sources import HubSession, Reference, Source, resolve
 from .spec import DEFAULT_INPUT_FILENAME, DEFAULT_RESULT, BuildSpec
 from .taskspec import ACCELERATORS, TaskSpec
-from .template import load, require_supported
+from .template import load
 from .units import format_duration, format_size, parse_duration, parse_size
 
 COMMAND = "indirection-build"
@@ -506,7 +506,7 @@ def request_from(arguments: Sequence[str], *, upload_dir: str) -> Request:
         }
     )
     if template_file is not None:
-        require_supported(load(template_file))
+        load(template_file).require_network(spec.build.network)
     return Request(spec=spec, template_file=template_file, **asked)
 
 

@@ -68,14 +68,23 @@ def input_image() -> Path:
     return _image("input", "debian-input")
 
 
+def special_image(kind: str) -> Path:
+    """A utility image of this kind: images/make-image --help lists them."""
+    return _made(kind, REPOSITORY / "tests" / "guest" / "images" / "make-image", kind)
+
+
 def _image(name: str, recipe: str) -> Path:
+    return _made(name, REPOSITORY / "examples" / recipe / "make-image")
+
+
+def _made(name: str, *command: object) -> Path:
     """What `make images` makes; made here when it is missing, by one worker of them all."""
     image = IMAGES / f"{name}.qcow2"
     IMAGES.mkdir(parents=True, exist_ok=True)
     with (IMAGES / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not image.exists():
-            run(REPOSITORY / "examples" / recipe / "make-image", image)
+            run(*command, image)
     return image
 
 

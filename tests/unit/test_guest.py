@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakeguest import FakeGuest
 
 from koji_indirection import guest
-from koji_indirection.appliance import ApplianceError
 from koji_indirection.errors import BuildFailed
+from koji_indirection.guestjob import GuestJob
+from koji_indirection.initsystem import Start
 from koji_indirection.template import Command
 
 COMMANDS = [
@@ -38,32 +40,19 @@ RUN_SH = resources.files("koji_indirection").joinpath("job", "run.sh").read_text
 
 SETTINGS = (
     "STATUS_PORT=org.koji.indirection.status\nLOG_PORT=org.koji.indirection.log\n"
-    "WORKSPACE=/dev/vdc1\nSAMPLE_SECONDS=5\n"
+    "SAMPLE_SECONDS=5\nWORKSPACE=/dev/vdc1\nINPUT=/dev/vdb\nRESULTS_DIR='/my results'\n"
+    "SETUP=''\nNETWORK=''\nMEDIA_DEVICE=''\nMEDIA_SERIAL=''\nMEDIA_FS=''\n"
 )
 JOB_FILES = {
     "etc/koji-indirection/run": (0o755, RUN_SH),
     "etc/koji-indirection/settings": (0o644, SETTINGS),
+    "etc/koji-indirection/environment": (0o600, ""),
     "etc/koji-indirection/commands/0001.cmd": (0o755, "mount /dev/vdb1 /mnt\n"),
     "etc/koji-indirection/commands/0001.head": (0o644, "=== command 1 of 2: mount\n"),
     "etc/koji-indirection/commands/0002.cmd": (0o755, "#!/usr/bin/env python3\nprint('ü')\n"),
     "etc/koji-indirection/commands/0002.head": (0o644, "=== command 2 of 2: make it\n"),
 }
-MASKED = [
-    "NetworkManager-wait-online.service",
-    "systemd-networkd-wait-online.service",
-    "ifupdown-wait-online.service",
-    "systemd-time-wait-sync.service",
-    "systemd-firstboot.service",
-    "initial-setup.service",
-    "initial-setup-text.service",
-    "initial-setup-graphical.service",
-    "cloud-init-local.service",
-    "cloud-init.service",
-    "cloud-config.service",
-    "cloud-final.service",
-    "kdump.service",
-    "snapd.seeded.service",
-]
+JOB = GuestJob(COMMANDS, workspace="/dev/vdc1", input="/dev/vdb", results_dir="/my results")
 
 
 def tree(archive: bytes) -> dict[str, Any]:
@@ -83,132 +72,36 @@ def tree(archive: bytes) -> dict[str, Any]:
     return found
 
 
-def archive(init: str, selinux_config: str | None = None) -> bytes:
-    return guest.job_archive(
-        COMMANDS, workspace_partition="/dev/vdc1", init=init, selinux_config=selinux_config
-    )
+START = Start("any", {"etc/start": ("x", 0o755)}, {"etc/link": "start"})
+
+
+def archive(selinux_config: str | None = None) -> bytes:
+    return guest.job_archive(JOB, start=START, selinux_config=selinux_config)
 
 
 # The archive
 
 
-def test_the_whole_tree_for_a_guest_with_systemd() -> None:
-    units = "etc/systemd/system"
-    service = resources.files("koji_indirection").joinpath("job", "koji-indirection.service")
-    assert tree(archive("systemd")) == {
-        **JOB_FILES,
-        f"{units}/koji-indirection.service": (0o644, service.read_text(encoding="utf-8")),
-        "etc/cloud/cloud-init.disabled": (0o644, ""),
-        f"{units}/multi-user.target.wants/koji-indirection.service": (
-            "-> ../koji-indirection.service"
-        ),
-        f"{units}/default.target": "-> /lib/systemd/system/multi-user.target",
-        **{f"{units}/{unit}": "-> /dev/null" for unit in MASKED},
-    }
-
-
-def test_the_whole_tree_for_a_guest_with_rc_local() -> None:
-    assert tree(archive("rc.local")) == {
-        **JOB_FILES,
-        "etc/rc.local": (
-            0o755,
-            "#!/bin/sh\n[ -x /etc/rc.local.own ] && /etc/rc.local.own\n"
-            "/bin/sh /etc/koji-indirection/run </dev/null >/dev/null 2>&1 &\n",
-        ),
-    }
+def test_the_whole_tree_is_the_job_and_what_starts_it() -> None:
+    assert tree(archive()) == {**JOB_FILES, "etc/start": (0o755, "x"), "etc/link": "-> start"}
 
 
 def test_a_permissive_selinux_config_is_part_of_it() -> None:
-    assert tree(archive("systemd", "SELINUX=permissive\n"))["etc/selinux/config"] == (
+    assert tree(archive("SELINUX=permissive\n"))["etc/selinux/config"] == (
         0o644,
         "SELINUX=permissive\n",
     )
-    assert "etc/selinux/config" not in tree(archive("systemd"))
-
-
-@pytest.mark.parametrize("init", ["systemd", "rc.local"])
-def test_no_name_is_absolute_or_climbs_and_all_is_below_etc(init: str) -> None:
-    for name in tree(archive(init, "x")):
-        assert name.startswith("etc/")
-        assert ".." not in name.split("/")
+    assert "etc/selinux/config" not in tree(archive())
 
 
 def test_a_hundred_commands_keep_their_order_under_a_glob() -> None:
     commands = [Command(f"n{number}", f"echo {number}") for number in range(1, 101)]
-    files = tree(
-        guest.job_archive(
-            commands, workspace_partition="/dev/vdb1", init="rc.local", selinux_config=None
-        )
-    )
+    files = tree(guest.job_archive(GuestJob(commands), start=START, selinux_config=None))
     in_order = [files[name][1] for name in sorted(files) if name.endswith(".cmd")]
     assert in_order == [f"echo {number}\n" for number in range(1, 101)]
 
 
-def test_the_unit_has_no_sandbox_and_no_deadline() -> None:
-    lines = tree(archive("systemd"))["etc/systemd/system/koji-indirection.service"][1].splitlines()
-    assert {"PrivateTmp=no", "TimeoutStartSec=0", "StandardInput=null"} <= set(lines)
-    for word in (
-        "PrivateDevices",
-        "PrivateMounts",
-        "ProtectSystem",
-        "NoNewPrivileges",
-        "DynamicUser",
-    ):
-        assert not any(line.startswith(word) for line in lines)
-
-
 # What is found in the image
-
-
-class FakeGuest:
-    """The guestfs calls that inject() makes, on a few files in a dictionary."""
-
-    def __init__(self, files: dict[str, str], devices: dict[str, str] | None = None) -> None:
-        self.files = files
-        self.devices = devices if devices is not None else {"/dev/sda1": "ext4"}
-        self.calls: list[tuple[Any, ...]] = []
-        self.archive = b""
-        self.is_mounted = False
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append((method, *args))
-        return getattr(self, method)(*args, **kwargs)
-
-    def list_filesystems(self) -> dict[str, str]:
-        return self.devices
-
-    def mount(self, device: str, _directory: str) -> None:
-        if "broken" in device:
-            raise ApplianceError("mount", "wrong fs type")
-        self.is_mounted = device == "/dev/sda1"
-
-    def umount_all(self) -> None:
-        self.is_mounted = False
-
-    def exists(self, path: str) -> bool:
-        return self.is_mounted and path in self.files
-
-    is_symlink = exists
-
-    def is_file(self, path: str, followsymlinks: bool = False) -> bool:
-        return self.exists(path)
-
-    def is_dir(self, path: str, followsymlinks: bool = False) -> bool:
-        return self.is_mounted and any(name.startswith(path + "/") for name in self.files)
-
-    def pread(self, path: str, count: int, offset: int) -> str:
-        return self.files[path][offset : offset + count]
-
-    def inspect_os(self) -> list[str]:
-        return []
-
-    def mv(self, source: str, target: str) -> None:
-        self.files[target] = self.files.pop(source)
-
-    def tar_in(self, path: str, directory: str) -> None:
-        assert directory == "/"
-        assert self.is_mounted
-        self.archive = Path(path).read_bytes()
 
 
 DEBIAN = {
@@ -219,12 +112,7 @@ DEBIAN = {
 
 
 def inject(files: FakeGuest, tmp_path: Path) -> guest.GuestSystem:
-    return guest.inject(
-        files,  # type: ignore[arg-type]
-        COMMANDS,
-        workspace_partition="/dev/vdb1",
-        tmp_dir=tmp_path,
-    )
+    return guest.inject(files, JOB, tmp_dir=tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_systemd_guest_is_found_among_other_file_systems(tmp_path: Path) -> None:
@@ -250,13 +138,16 @@ def test_an_image_without_a_system_is_said_with_what_it_holds(tmp_path: Path) ->
         inject(FakeGuest({}, {}), tmp_path)
 
 
-def test_a_guest_that_nothing_can_start_the_job_in_is_said(tmp_path: Path) -> None:
-    with pytest.raises(BuildFailed, match="has neither systemd nor an /etc/rc"):
-        inject(FakeGuest({"/sbin/init": "", "/etc/passwd": ""}), tmp_path)
-
-
-def test_the_guests_own_rc_local_is_kept(tmp_path: Path) -> None:
-    files = FakeGuest({"/sbin/init": "", "/etc/rc.local": "own"})
+def test_what_stands_in_the_way_is_moved_and_removed_before_files_are_written(
+    tmp_path: Path,
+) -> None:
+    files = FakeGuest(
+        {
+            "/sbin/init": "",
+            "/etc/inittab": "::sysinit:/etc/rc.local\n",
+            "/etc/rc.local": "own",
+        }
+    )
     assert inject(files, tmp_path).init == "rc.local"
     assert files.files["/etc/rc.local.own"] == "own"
     assert "etc/rc.local" in tree(files.archive)
@@ -317,11 +208,13 @@ RUN_COMMANDS = [
 class Job:
     """run.sh at work under one shell, its two ports read to their ends."""
 
-    def __init__(self, directory: Path, shell: str, commands: list[tuple[str, str]]) -> None:
+    def __init__(
+        self, directory: Path, shell: str, commands: list[tuple[str, str]], **more: Any
+    ) -> None:
         directory.mkdir()
         self.daemon, self.never = directory / "daemon", directory / "never"
-        job, ports = directory / "job", directory / "ports"
-        (job / "commands").mkdir(parents=True)
+        job_directory, ports = directory / "job", directory / "ports"
+        (job_directory / "commands").mkdir(parents=True)
         ports.mkdir()
         texts = [
             Command(
@@ -329,14 +222,14 @@ class Job:
             )
             for name, text in commands
         ]
-        members = tree(
-            guest.job_archive(texts, workspace_partition="/dev/vdz1", init="x", selinux_config=None)
-        )
+        job = GuestJob(texts, workspace="/dev/vdz1", results_dir="/my results", **more)
+        members = tree(guest.job_archive(job, start=START, selinux_config=None))
         for name, (mode, text) in ((n, m) for n, m in members.items() if "koji-indirection/" in n):
-            path = job / name.removeprefix("etc/koji-indirection/")
+            path = job_directory / name.removeprefix("etc/koji-indirection/")
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             path.chmod(mode)
-        (job / "run").write_text(self._tamed(RUN_SH, directory))
+        (job_directory / "run").write_text(self._tamed(RUN_SH, directory))
         self.status_data, self.log_data = bytearray(), bytearray()
         self._threads = []
         for port, data in (("status", self.status_data), ("log", self.log_data)):
@@ -347,7 +240,7 @@ class Job:
             self._threads.append(thread)
         self.started = time.monotonic()
         self.child = subprocess.Popen(
-            [*SHELLS[shell], str(job / "run")],
+            [*SHELLS[shell], str(job_directory / "run")],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
