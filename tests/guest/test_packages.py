@@ -18,6 +18,7 @@ from .conftest import REPOSITORY, Builder, Built, run
 
 DEBIAN = ("--memory", "1G", "--cpus", "2", "--workspace-size", "2G", "--boot-timeout", "10m")
 PACKAGES_TDL = REPOSITORY / "examples" / "packages.tdl"
+DECLARED = "/etc/apt/sources.list.d/koji-indirection-repo-1.list"
 TOOLS = ("squashfs-tools", "xorriso")
 NO_MORE = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
 
@@ -97,6 +98,7 @@ def test_tools_are_installed_over_the_network_and_make_the_iso(
         PACKAGES_TDL,
         *DEBIAN,
         *("--network", "user", "--repo", f"http://10.0.2.2:{served.port}"),
+        *("--collect-log", DECLARED),
         utility_image=bare_image,
         input_image=tiny_image,
     )
@@ -105,6 +107,9 @@ def test_tools_are_installed_over_the_network_and_make_the_iso(
     assert steps(built) == {"network": 0, "repositories": 0, "packages": 0, "files": 0}
     assert any("/xorriso_" in path for path in served.requests)
     assert "=== setup: packages\n" in built.log("job.log")
+    assert f"log {DECLARED}: there is no such file" in built.log("build.log"), (
+        "it has to be removed"
+    )
 
 
 def test_tools_are_installed_from_a_disk_without_any_network(
