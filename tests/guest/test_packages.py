@@ -214,8 +214,7 @@ def test_files_variables_and_media_are_as_the_template_and_the_options_say(
             " &amp;&amp; echo made &gt; /mnt$INDIRECTION_RESULTS_DIR/a.iso; umount /mnt"
             "</command></commands>",
         )
-        built = build(tdl, "--media", iso, "--results", "/out/*.txt", "--results", "/out/a.iso")
-    built.failed("no file matches|nothing matches|/out/")
+        built = build(tdl, "--media", iso, "--results", "/out/*.iso").succeeded()
     log = built.log("job.log")
     assert "644 0:0 raw\n600 42:43 secret\n4755 0:0 coded\n644 0:0 fetched\n" in log
     assert "it's $(raw) & `quoted`hello from the media\ndecoded\n" in log
