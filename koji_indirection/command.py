@@ -243,7 +243,7 @@ def _add_build(commands: Any) -> None:
         type=_duration,
         dest="job_timeout_seconds",
         metavar="TIME",
-        help=f"all commands together (default: {spec.job_timeout_seconds // 3600}h)",
+        help=f"set-up steps and commands together (default: {spec.job_timeout_seconds // 3600}h)",
     )
     times.add_argument(
         "--command-timeout",
