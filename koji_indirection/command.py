@@ -35,7 +35,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status.
+    """Run one command; returns its exit status, see exit_status_of()."""
+
+    def run() -> int:
+        options = _parser().parse_args(argv)
+        status: int = options.run(options)
+        return status
+
+    return exit_status_of(run)
+
+
+def exit_status_of(run: Callable[[], int]) -> int:
+    """Run what builds on this machine, with our own signals and words; returns an exit status.
 
     0 done, 1 BuildFailed, 2 usage, 3 BuilderFault, 130 interrupted. The last
     line on standard error is the reason and a hint.
@@ -44,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
-        options = _parser().parse_args(argv)
-        status: int = options.run(options)
+        status = run()
         sys.stdout.flush()
         return status
     except IndirectionError as error:
@@ -392,7 +402,7 @@ def _build(options: argparse.Namespace) -> int:
         if options.json and manifest.exists():
             print(manifest.read_text(encoding="utf-8"), end="", flush=True)
     if not options.json and not options.quiet:
-        _print_summary(record, order.output)
+        print_summary(record, order.output)
     return 0
 
 
@@ -419,7 +429,8 @@ def _order(options: argparse.Namespace) -> tuple[Order, Settings]:
     return order, settings
 
 
-def _print_summary(record: Manifest, output: Path) -> None:
+def print_summary(record: Manifest, output: Path) -> None:
+    """What a build has left in its output directory, and where its time went."""
     print()
     for one in record.outputs:
         print(f"result    {output / one.name}")

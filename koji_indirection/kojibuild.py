@@ -438,8 +438,18 @@ def _fetch_template(
         scm_dir.mkdir(parents=True)
         checkout, url = daemon.checkout(scm, scm_dir)
         return file_in_checkout(checkout, spec.template), url
+    source = uploaded_template(daemon.session, spec)
+    path = daemon.work_dir / "template.tdl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _fetched(daemon, source, settings) as fetched:
+        shutil.copyfile(fetched, path)
+    return path, f"{spec.template_upload}/{spec.template}"
+
+
+def uploaded_template(session: Any, spec: TaskSpec) -> sources.Source:
+    """Where the hub has a template that was uploaded; BuildFailed if it is not there any more."""
     assert spec.template_upload is not None
-    uploaded = daemon.session.checkUpload(spec.template_upload, spec.template, verify="sha256")
+    uploaded = session.checkUpload(spec.template_upload, spec.template, verify="sha256")
     if not uploaded:
         raise BuildFailed(
             f"the template {spec.template} is not in {spec.template_upload} on the hub",
@@ -450,7 +460,7 @@ def _fetch_template(
             f"the template {spec.template} has {uploaded['size']} bytes",
             f"at most {template.MAX_BYTES} are allowed",
         )
-    source = sources.Source(
+    return sources.Source(
         reference=spec.template_upload,
         role="template",
         nvr=spec.template_upload,  # what messages call it
@@ -464,11 +474,6 @@ def _fetch_template(
         arch="noarch",
         relpath=f"work/{spec.template_upload}/{spec.template}",
     )
-    path = daemon.work_dir / "template.tdl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _fetched(daemon, source, settings) as fetched:
-        shutil.copyfile(fetched, path)
-    return path, f"{spec.template_upload}/{spec.template}"
 
 
 def file_in_checkout(checkout: Path, name: str) -> Path:

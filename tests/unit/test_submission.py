@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from koji_indirection import submission
+from koji_indirection import options, submission
 from koji_indirection.errors import BuildFailed, UsageError
 from koji_indirection.sources import Source
 from koji_indirection.spec import BuildSpec
@@ -160,7 +160,7 @@ def test_every_option_reaches_the_spec() -> None:
 
 
 def test_every_field_of_both_specs_can_be_asked_for() -> None:
-    asked_for = {option.field for option in submission.OPTIONS}
+    asked_for = {option.field for option in options.OPTIONS}
     own = {*TaskSpec.__dataclass_fields__} - {"build", "arch_build", "template_upload"}
     assert own | {*BuildSpec.__dataclass_fields__} <= asked_for
 
@@ -232,7 +232,7 @@ def test_help_exits_and_shows_every_option(capsys: pytest.CaptureFixture[str]) -
         request("--help")
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    for option in submission.OPTIONS:
+    for option in options.OPTIONS:
         assert option.flag in shown
 
 
@@ -275,8 +275,8 @@ def test_the_example_is_right_and_names_every_key() -> None:
     assert asked.spec.arches == ("x86_64", "aarch64")
     assert asked.spec.build_for("aarch64").memory_bytes == 8 * GIB
     text = EXAMPLE.read_text()
-    old = {option.flag for option in submission.GROUPS["Names from image-build-indirection"]}
-    for option in submission.OPTIONS:
+    old = {option.flag for option in options.GROUPS["Names from image-build-indirection"]}
+    for option in options.OPTIONS:
         if option.flag not in {"--config", "--dry-run", "--json", *old}:
             assert f"\n{option.flag[2:].replace('-', '_')} =" in text, option.flag
 
