@@ -3,13 +3,16 @@
 A watchdog process holds a pipe to the build. When the build dies without
 saying that it is done (SIGKILL, a crash), the watchdog kills the qemu and
 libguestfs processes that name the directory on their command lines, and
-removes it. It must never touch a process or a directory that is not this build's.
+removes it. What even a watchdog has not survived (a reboot), sweep() removes later.
+Nothing here may touch a process or a directory of another build that lives, or of another user.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -23,7 +26,9 @@ from pathlib import Path
 from .errors import BuilderFault
 
 PREFIX = "koji-indirection-"
-_RUN_PARENT = Path("/tmp")  # noqa: S108 - short; a random name below it
+RUN_PARENT = Path("/tmp")  # noqa: S108 - short; a random name below it
+_RUN_PREFIX = "ki-"
+_NAME = re.compile(rf"({PREFIX}|{_RUN_PREFIX})[0-9a-f]{{12}}")
 _DONE = b"done\n"
 # Besides qemu's own and the appliance: what the rooms run on files of the job directory.
 _PROGRAMS = (b"mke2fs", b"debugfs", b"mkfs.xfs", b"xfs_db", b"cp")
@@ -43,7 +48,7 @@ class JobDirectory:
 
 @contextlib.contextmanager
 def job_directory(
-    work_dir: Path, run_parent: Path = _RUN_PARENT, *, also_removed: Sequence[Path] = ()
+    work_dir: Path, run_parent: Path = RUN_PARENT, *, also_removed: Sequence[Path] = ()
 ) -> Iterator[JobDirectory]:
     """Make the directories of one build, guard them, and remove them at the end.
 
@@ -54,13 +59,16 @@ def job_directory(
     Raises BuilderFault when work_dir, or run_parent for the sockets, cannot be written.
     """
     path = _unused_name(work_dir, PREFIX)
-    run = _unused_name(run_parent, "ki-")
+    run = _unused_name(run_parent, _RUN_PREFIX)
     # Before there is anything to remove: no moment is left in which a signal leaves something.
     watchdog = _start_watchdog(path, run, *also_removed)
     try:
-        _make_directory(path, "name another one with --work-dir")
-        _make_directory(run, "it must be writable, for sockets")
-        yield JobDirectory(path, run)
+        with contextlib.ExitStack() as locks:
+            _make_directory(path, "name another one with --work-dir")
+            locks.callback(os.close, lock(path))
+            _make_directory(run, "it must be writable, for sockets")
+            locks.callback(os.close, lock(run))
+            yield JobDirectory(path, run)
     finally:
         # The watchdog goes last: an interrupt in these lines leaves the rest to it.
         kill_processes_of([path, run])
@@ -122,6 +130,75 @@ def kill_processes_of(directories: list[Path]) -> None:
         if ours and any(needle in arguments for needle in needles):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(int(entry.name), signal.SIGKILL)
+
+
+# --- what dead builds have left ---------------------------------------------------------------
+
+
+def lock(directory: Path) -> int:
+    """Mark a directory as in use for as long as this process keeps the descriptor open."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def is_dead(directory: Path) -> bool:
+    """Whether whoever made a directory, with lock(), is gone; False for another user's.
+
+    A watchdog is asked too: it is there before the directory has its lock, and while it is, what
+    is left is its business.
+    """
+    if _is_watched(directory):
+        return False
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def sweep(parents: Sequence[Path]) -> list[Path]:
+    """Remove the directories that dead builds have left in these; returns what was removed."""
+    removed = []
+    for parent in parents:
+        for path in sorted(parent.glob(f"{PREFIX}*")) + sorted(parent.glob(f"{_RUN_PREFIX}*")):
+            if _NAME.fullmatch(path.name) and path.is_dir() and remove_if_dead(path):
+                removed.append(path)
+    return removed
+
+
+def remove_if_dead(directory: Path) -> bool:
+    """And what still runs on files below it."""
+    if not is_dead(directory):
+        return False
+    kill_processes_of([directory])
+    remove(directory)
+    return True
+
+
+def _is_watched(directory: Path) -> bool:
+    """Whether a watchdog guards this directory, or one below it."""
+    needle = os.fsencode(directory)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended while we looked
+                arguments = (entry / "cmdline").read_bytes()
+                if b"koji_indirection.jobdir" in arguments and needle in arguments:
+                    return True
+    return False
+
+
+# --- the watchdog -----------------------------------------------------------------------------
 
 
 def _start_watchdog(*directories: Path) -> subprocess.Popen[bytes]:

@@ -36,11 +36,44 @@ class Timeline:
             self.phases[-1]["seconds"] = round(time.monotonic() - self._started, 2)
 
 
+@dataclass(frozen=True)
+class KojiRecord:
+    """An image as Koji knows it: an archive of a build, or a file that a task has put out.
+
+    reference -- what the user wrote.
+    checksum -- as the hub has it; checksum_type is "md5", "sha1" or "sha256".
+    """
+
+    reference: str
+    role: str
+    nvr: str | None
+    build_id: int | None
+    archive_id: int | None
+    task_id: int | None
+    filename: str
+    arch: str
+    checksum: str
+    checksum_type: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where template and images come from, as far as anybody but this machine knows it.
+
+    template -- the SCM URL with its commit, or the path of the upload; None for a local file.
+    """
+
+    template: str | None = None
+    utility_image: KojiRecord | None = None
+    input_image: KojiRecord | None = None
+
+
 @dataclass
 class ImageRecord:
     """An image as it was used; sizes in bytes.
 
     sha256 -- of the file that the user named; None until it is computed.
+    koji -- None for a file that is not from Koji.
     """
 
     path: str
@@ -48,6 +81,7 @@ class ImageRecord:
     size_bytes: int
     virtual_size_bytes: int
     sha256: str | None = None
+    koji: KojiRecord | None = None
 
 
 @dataclass(frozen=True)

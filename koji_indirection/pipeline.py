@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Protocol
@@ -35,14 +35,14 @@ from . import (
     workspace,
 )
 from .appliance import Appliance, Drive
-from .config import Settings
-from .domain import Disk, Domain, tcg_cpu_model
+from .config import Settings, require_within_limits
+from .domain import NAME_PREFIX, Disk, Domain, tcg_cpu_model
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .guest import GuestSystem
 from .guestlog import BoundedLog
 from .imagefile import ImageFile
 from .jobdir import job_directory
-from .manifest import ImageRecord, Manifest, OutputRecord, Timeline
+from .manifest import ImageRecord, KojiRecord, Manifest, Origin, OutputRecord, Timeline
 from .output import LOGS
 from .spec import BuildSpec
 from .template import Template
@@ -78,6 +78,8 @@ class Order:
     template -- one that template.require_supported() lets pass.
     utility_image -- None: the input image is its own utility.
     output -- an existing directory, as output.prepare() makes it.
+    label -- part of the VM's name, e.g. "task-123"; may be empty.
+    origin -- where template and images come from, for the manifest.
     """
 
     spec: BuildSpec
@@ -86,6 +88,8 @@ class Order:
     input_image: Path
     utility_image: Path | None
     output: Path
+    label: str = ""
+    origin: Origin = field(default_factory=Origin)
 
 
 def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
@@ -100,6 +104,7 @@ def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
         template={
             "name": order.template_name,
             "sha256": order.template.sha256,
+            "source": order.origin.template,
             "ignored": list(order.template.ignored),
         },
         timeline=timeline.phases,
@@ -169,6 +174,7 @@ class _Build:
             log.info("template: these have no effect: %s", ", ".join(self.order.template.ignored))
         with ExitStack() as stack:
             self.timeline.enter("vet")
+            require_within_limits(self.spec, settings)
             self.job = stack.enter_context(
                 job_directory(settings.work_dir, also_removed=[self.order.output / results.PARTIAL])
             )
@@ -246,8 +252,9 @@ class _Build:
         else:
             assert utility is not None
             input_image = vetted(self.order.input_image, imagefile.INPUT_IMAGE)
-        self.record.utility_image = _image_record(utility)
-        self.record.input_image = _image_record(input_image)
+        origin = self.order.origin
+        self.record.utility_image = _image_record(utility, origin.utility_image)
+        self.record.input_image = _image_record(input_image, origin.input_image)
         return utility, input_image
 
     def _note_hypervisor(self) -> None:
@@ -328,10 +335,10 @@ class _Build:
         """Run the VM to its end; returns why the job failed, None when it ended well."""
         spec, kind = self.spec, self.accel.kind
         domain = Domain(
-            name=f"koji-indirection-{uuid.uuid4().hex[:12]}",
+            name="-".join(filter(None, (NAME_PREFIX, self.order.label, uuid.uuid4().hex[:12]))),
             accel_kind=kind,
             memory_bytes=spec.memory_bytes,
-            cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX),
+            cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX, self.settings.max_cpus),
             cpu_model=tcg_cpu_model(system.os_id, system.version_id),
             disks=disks,
             socket_dir=self.job.run,
@@ -517,12 +524,13 @@ def _everybody_reads(path: Path) -> bool:
     )
 
 
-def _image_record(image: ImageFile) -> ImageRecord:
+def _image_record(image: ImageFile, koji: KojiRecord | None) -> ImageRecord:
     return ImageRecord(
         path=str(image.source),
         format=image.format,
         size_bytes=image.source.stat().st_size,
         virtual_size_bytes=image.virtual_size_bytes,
+        koji=koji,
     )
 
 
