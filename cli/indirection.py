@@ -158,14 +158,10 @@ def _build_of(session: Any, task_id: int) -> dict[str, Any] | None:
 
 
 def _dry_run(goptions: Any, session: Any, request: Any) -> int:
-    from koji_indirection import submission
-    from koji_indirection.errors import UsageError
+    from koji_indirection import localrun, submission
 
     ensure_connection(session, goptions)
-    if session.getBuildTarget(request.spec.target) is None:
-        raise UsageError(
-            f"there is no build target {request.spec.target!r}", "koji list-targets shows them all"
-        )
+    localrun.require_target(session, request.spec)
     inputs = submission.resolve_inputs(session, request.spec)
     shown = submission.dry_run_json if request.json else submission.dry_run_text
     print(shown(request, inputs))

@@ -441,7 +441,7 @@ def find_inputs(
     target -- as check_target() gives it.
     Raises what template and sources raise, and BuildFailed where the build tag has no repository.
     """
-    tag_repo = _tag_repo(daemon.session, target) if spec.tag_repo else None
+    tag_repo = tag_repo_of(daemon.session, target) if spec.tag_repo else None
     path, source = _fetch_template(daemon, spec, spec.template_scm, settings)
     parsed = template.load(path)
     template.require_supported(parsed)
@@ -491,7 +491,7 @@ def pinned_inputs(
     )
 
 
-def _tag_repo(session: Any, target: Mapping[str, Any]) -> str:
+def tag_repo_of(session: Any, target: Mapping[str, Any]) -> str:
     """Where the build tag's latest repository is, below topurl."""
     tag = target["build_tag_name"]
     repo = session.getRepo(target["build_tag"])
@@ -505,17 +505,21 @@ def _tag_repo(session: Any, target: Mapping[str, Any]) -> str:
 
 def build_spec(daemon: Daemon, spec: TaskSpec, arch: str, inputs: Inputs) -> BuildSpec:
     """The build spec of one arch; with the build tag's repository, if it is asked for."""
-    build = spec.build_for(arch)
+    return with_tag_repo(spec.build_for(arch), inputs, arch, daemon.topurl)
+
+
+def with_tag_repo(build: BuildSpec, inputs: Inputs, arch: str, topurl: str | None) -> BuildSpec:
+    """A build spec that has the build tag's repository too, if the inputs have one."""
     if inputs.tag_repo is None:
         return build
-    if not daemon.topurl:
+    if not topurl:
         raise BuilderFault(
-            "the build tag's repository has no address: this builder has no topurl",
-            "set topurl in kojid.conf",
+            "the build tag's repository has no address: there is no topurl here",
+            "set topurl in Koji's configuration",
         )
     # As koji.pathinfo and its repositories have it: i386 also for i686.
     path = urllib.parse.quote(f"{inputs.tag_repo}/{_canonical(arch)}")
-    address = f"{daemon.topurl.rstrip('/')}/{path}"
+    address = f"{topurl.rstrip('/')}/{path}"
     return dataclasses.replace(build, repos=tuple(dict.fromkeys((*build.repos, address))))
 
 

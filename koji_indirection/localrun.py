@@ -24,6 +24,7 @@ from . import programs
 from .config import Settings, load_settings
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .manifest import FILE_NAME as MANIFEST
+from .sources import ask
 from .spec import USER_NETWORK, BuildSpec
 from .taskspec import TaskSpec
 
@@ -135,12 +136,14 @@ def _build(hub: Hub, here: Here, order: LocalOrder, quiet: bool) -> Manifest:
         ]
         return pipeline.build(
             pipeline.Order(
-                spec=order.build,
+                spec=kojibuild.with_tag_repo(order.build, inputs, order.arch, hub.topurl),
                 template=inputs.template,
                 template_name=Path(order.spec.template).name,
                 input_image=images[0],
                 utility_image=images[1],
                 output=directory,
+                label="local",
+                origin=inputs.origin(),
             ),
             settings,
             display,
@@ -211,21 +214,38 @@ def _from_info_on() -> Iterator[None]:
 
 
 def inputs_of(
-    spec: TaskSpec, text: bytes, source: str, input_image: Source, utility_image: Source
+    hub: Hub, spec: TaskSpec, text: bytes, source: str, images: Sequence[Source], *, tag_repo: bool
 ) -> Inputs:
-    """Inputs with a template that was found to be right; source is where it comes from."""
-    from . import template
-    from .kojibuild import Inputs
+    """What is built from; the template, which source says the origin of, is checked.
+
+    images -- the input image and the utility image.
+    tag_repo -- with the repository that the build tag has now.
+    """
+    from . import kojibuild, template
 
     parsed = template.parse(text, source=Path(spec.template).name)
     template.require_supported(parsed)
-    return Inputs(
+    repository = None
+    if tag_repo:
+        repository = kojibuild.tag_repo_of(hub.session, require_target(hub.session, spec))
+    return kojibuild.Inputs(
         template=parsed,
         template_text=text,
         template_source=source,
-        input_image=input_image,
-        utility_image=utility_image,
+        input_image=images[0],
+        utility_image=images[1],
+        tag_repo=repository,
     )
+
+
+def require_target(session: Any, spec: TaskSpec) -> Any:
+    """The build target of a spec; UsageError if there is none of this name."""
+    target = ask(session, "getBuildTarget", spec.target)
+    if target is None:
+        raise UsageError(
+            f"there is no build target {spec.target!r}", "koji list-targets shows them all"
+        )
+    return target
 
 
 def read_template(path: Path) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BuildFailed, IndirectionError, UsageError
 from .localrun import Here, Hub, LocalOrder, inputs_of, read_template, template_in
+from .manifest import FILE_NAME as MANIFEST
 from .options import BUILD_FIELDS, REPLACES, REPLAY_GROUPS, read_command_line
 from .sources import Reference, Source, ask, resolve
 from .spec import BuildSpec
@@ -102,19 +104,26 @@ def request_from(arguments: Sequence[str]) -> ReplayRequest:
 
 
 @dataclass(frozen=True)
+class _Record:
+    """What Koji has kept of a task's inputs: images by their roles, both or none of them."""
+
+    images: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    template_sha256: str | None = None
+    template_commit: str | None = None
+
+
+@dataclass(frozen=True)
 class _Task:
     """One arch of a task, and what is known of what it was built from.
 
     task_ids -- whose logs may have the template: that of the arch first.
-    pinned -- what the subtask was told; recorded -- what the task's build says: at most one.
     """
 
     spec: TaskSpec
     arch: str
     task_ids: tuple[int, ...]
     start_time: float | None
-    pinned: Mapping[str, Any] | None = None
-    recorded: Mapping[str, Any] | None = None
+    record: _Record
 
 
 def order_of(hub: Hub, request: ReplayRequest) -> LocalOrder:
@@ -126,14 +135,14 @@ def order_of(hub: Hub, request: ReplayRequest) -> LocalOrder:
     spec = task.spec
     if "accel" in request.changes:
         spec = dataclasses.replace(spec, accel=request.changes["accel"] or "auto")
+    tag_repo = bool(request.changes.get("tag_repo", spec.tag_repo))
 
     def find_inputs(settings: Settings, directory: Path) -> Inputs:
         if request.template_file is not None:
             text, source = read_template(request.template_file), str(request.template_file)
         else:
             text, source = _template(hub, task, settings, directory)
-        input_image, utility_image = _images(hub.session, task)
-        return inputs_of(spec, text, source, input_image, utility_image)
+        return inputs_of(hub, spec, text, source, _images(hub.session, task), tag_repo=tag_repo)
 
     build = _changed(task.spec.build_for(task.arch), request.changes)
     return LocalOrder(spec, task.arch, build, find_inputs)
@@ -164,14 +173,10 @@ def _read_task(session: Any, request: ReplayRequest) -> _Task:
     arch = _arch(task_id, spec, request.arch)
     for child in sorted(ask(session, "getTaskChildren", task_id, request=True), key=_id):
         if child["method"] == ARCH_METHOD and child["request"][1] == arch:
-            return _Task(
-                spec,
-                arch,
-                (child["id"], task_id),
-                info.get("start_ts"),
-                pinned=child["request"][3],
-            )
-    return _Task(spec, arch, (task_id,), info.get("start_ts"), recorded=_recorded(session, task_id))
+            record = _pinned(child["request"][3])
+            return _Task(spec, arch, (child["id"], task_id), info.get("start_ts"), record)
+    record = _recorded(session, task_id, arch)
+    return _Task(spec, arch, (task_id,), info.get("start_ts"), record)
 
 
 def _id(record: Mapping[str, Any]) -> int:
@@ -186,7 +191,15 @@ def _read_subtask(session: Any, info: Mapping[str, Any], wanted: str | None) -> 
             f"name its parent, task {info['parent']}",
         )
     task_ids = (info["id"], *([info["parent"]] if info["parent"] else []))
-    return _Task(_spec(info["id"], data), arch, task_ids, info.get("start_ts"), pinned=pinned)
+    spec = _spec(info["id"], data)
+    return _Task(spec, arch, task_ids, info.get("start_ts"), _pinned(pinned))
+
+
+def _pinned(pinned: Mapping[str, Any]) -> _Record:
+    """What the parent has told a subtask, see kojibuild.Inputs.pinned()."""
+    images = {role: pinned[role.replace(" ", "_")] for role in INPUT_ROLES}
+    commit = str(pinned["template_source"]).partition("#")[2]
+    return _Record(images, pinned["template_sha256"], commit or None)
 
 
 def _spec(task_id: int, data: Any) -> TaskSpec:
@@ -208,15 +221,35 @@ def _arch(task_id: int, spec: TaskSpec, wanted: str | None) -> str:
     return wanted or spec.arches[0]
 
 
-def _recorded(session: Any, task_id: int) -> Mapping[str, Any] | None:
-    """What the task's build says of its inputs; a scratch build, or an early failure, has none."""
+def _recorded(session: Any, task_id: int, arch: str) -> _Record:
+    """What the task's build says of its inputs, or the manifest that a task without one keeps.
+
+    Neither is there of a task that has failed before it had found its inputs.
+    """
     builds = ask(session, "listBuilds", taskID=task_id)
-    if not builds:
-        return None
-    newest = max(builds, key=lambda one: int(one["build_id"]))
-    build = ask(session, "getBuild", newest["build_id"])
-    record = ((build or {}).get("extra") or {}).get("indirection")
-    return record if isinstance(record, dict) else None
+    if builds:
+        newest = max(builds, key=lambda one: int(one["build_id"]))
+        build = ask(session, "getBuild", newest["build_id"])
+        extra = ((build or {}).get("extra") or {}).get("indirection") or {}
+        images = {one["role"]: one for one in extra.get("inputs", ()) if one["arch"] == arch}
+        if set(images) == set(INPUT_ROLES):
+            return _Record(images, extra.get("template_sha256"), extra.get("template_commit"))
+    for name in ask(session, "listTaskOutput", task_id):
+        if name.endswith(f".{arch}.{MANIFEST}"):
+            manifest = json.loads(ask(session, "downloadTaskOutput", task_id, name))
+            return _of_manifest(manifest)
+    return _Record()
+
+
+def _of_manifest(manifest: Mapping[str, Any]) -> _Record:
+    images = {}
+    for role in INPUT_ROLES:
+        image = (manifest.get(role.replace(" ", "_")) or {}).get("koji")
+        if image is not None:
+            images[role] = image
+    template = manifest["template"]
+    commit = (template.get("source") or "").partition("#")[2]
+    return _Record(images, template["sha256"], commit or None)
 
 
 # --- the images -------------------------------------------------------------------------------
@@ -225,18 +258,11 @@ def _recorded(session: Any, task_id: int) -> Mapping[str, Any] | None:
 def _images(session: Any, task: _Task) -> tuple[Source, Source]:
     """Input and utility image: the very files that the task has used, where that is known."""
     spec, arch = task.spec, task.arch
-    if task.pinned is not None:
-        pinned = task.pinned
+    images = task.record.images
+    if set(images) == set(INPUT_ROLES):
         return (
-            _again(session, pinned["input_image"], arch),
-            _again(session, pinned["utility_image"], arch),
-        )
-    recorded = (task.recorded or {}).get("inputs", ())
-    inputs = {one["role"]: one for one in recorded if one["arch"] == arch}
-    if set(inputs) == set(INPUT_ROLES):
-        return (
-            _again(session, inputs["input image"], arch),
-            _again(session, inputs["utility image"], arch),
+            _again(session, images["input image"], arch),
+            _again(session, images["utility image"], arch),
         )
     then: Any = _Then(session, task.start_time)
 
@@ -302,7 +328,7 @@ def _template(hub: Hub, task: _Task, settings: Settings, directory: Path) -> tup
     """The text that the task had, and where it is from."""
     from .kojibuild import TEMPLATE_LOG
 
-    wanted = (task.pinned or task.recorded or {}).get("template_sha256")
+    wanted = task.record.template_sha256
     for task_id in task.task_ids:
         text = _kept_template(hub.session, task_id)
         if text is not None and wanted in (None, hashlib.sha256(text).hexdigest()):
@@ -355,9 +381,7 @@ def _original_template(
 
 def _scm_url(task: _Task, asked: str) -> str:
     """The URL with the commit that the task has used, if it is known."""
-    commit = (task.recorded or {}).get("template_commit")
-    if task.pinned is not None:
-        commit = str(task.pinned["template_source"]).rpartition("#")[2]
+    commit = task.record.template_commit
     if commit:
         return f"{asked.rpartition('#')[0]}#{commit}"
     log.warning("the template's commit is not known: %s as it is now", asked)

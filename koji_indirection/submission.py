@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BuildFailed, IndirectionError, UsageError
-from .localrun import Here, Hub, LocalOrder, inputs_of, read_template, template_in
+from .localrun import Here, Hub, LocalOrder, inputs_of, read_template, require_target, template_in
 from .options import (
     BUILD_FIELDS,
     GROUPS,
@@ -380,7 +380,9 @@ def dry_run_text(request: Request, inputs: Sequence[ArchInputs]) -> str:
             lines.append(f"  this arch will fail, as it may: {one.problem}")
         for source in (one.input_image, one.utility_image):
             if source is not None:
-                owner = f"build:{source.build_id}" if source.build_id else f"task:{source.task_id}"
+                owner = f"task:{source.task_id}"
+                if source.build_id is not None:
+                    owner = f"build:{source.build_id}, archive {source.archive_id}"
                 lines += [
                     f"  {source.role}: {source} ({owner})",
                     f"    {format_size(source.size_bytes)},"
@@ -427,6 +429,7 @@ def local_order(hub: Hub, request: Request) -> LocalOrder:
     """What the request's task would build, to be built here."""
     spec = request.spec
     (arch,) = spec.arches
+    require_target(hub.session, spec)
 
     def find_inputs(_settings: Settings, directory: Path) -> Inputs:
         if request.template_file is not None:
@@ -434,10 +437,9 @@ def local_order(hub: Hub, request: Request) -> LocalOrder:
         else:
             assert spec.template_scm is not None
             text, source = template_in(spec.template_scm, spec.template, directory)
-        (images,) = resolve_inputs(hub.session, dataclasses.replace(spec, can_fail=()))
-        assert images.input_image is not None
-        assert images.utility_image is not None
-        return inputs_of(spec, text, source, images.input_image, images.utility_image)
+        (found,) = resolve_inputs(hub.session, dataclasses.replace(spec, can_fail=()))
+        images = [one for one in (found.input_image, found.utility_image) if one is not None]
+        return inputs_of(hub, spec, text, source, images, tag_repo=spec.tag_repo)
 
     return LocalOrder(spec, arch, spec.build_for(arch), find_inputs)
 
