@@ -26,7 +26,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["koji_indirection", "koji_indirection.*"]),
-    package_data={"koji_indirection": ["job/*"]},
+    package_data={"koji_indirection": ["job/*", "template.rng"]},
     data_files=[
         (place, [str(path.relative_to(HERE)) for path in sorted((HERE / room).glob("*.py"))])
         for place, room in PLUGIN_PLACES.items()

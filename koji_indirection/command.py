@@ -13,16 +13,16 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Callable
 
 from . import __version__
-from .config import Settings, default_cache_dir, default_work_dir
+from .config import Settings, default_cache_dir, default_work_dir, load_settings
 from .errors import BuilderFault, IndirectionError, UsageError
 from .manifest import FILE_NAME as MANIFEST
-from .spec import DEFAULT_RESULT, BuildSpec
+from .spec import DEFAULT_RESULT, USER_NETWORK, BuildSpec
 from .units import format_size, parse_duration, parse_size
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .pipeline import Order
 
 EXIT_INTERRUPTED = 130
+SETTINGS_FILE = Path("/etc/koji-indirection.conf")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -219,6 +220,26 @@ def _add_build(commands: Any) -> None:
         help=f"(default: {format_size(spec.memory_bytes)})",
     )
 
+    packages = parser.add_argument_group("network and packages")
+    packages.add_argument(
+        "--network",
+        metavar="NAME",
+        help="user (NAT) or a libvirt network that the settings allow (default: none)",
+    )
+    packages.add_argument(
+        "--repo",
+        action="append",
+        dest="repos",
+        metavar="URL",
+        help="package repository that the guest has for the time of the job; repeatable",
+    )
+    packages.add_argument(
+        "--media",
+        type=Path,
+        metavar="DIR_OR_ISO",
+        help="repository that the guest gets as a read-only disk; needs no network",
+    )
+
     times = parser.add_argument_group("deadlines")
     times.add_argument(
         "--boot-timeout",
@@ -303,6 +324,7 @@ def _add_check(commands: Any) -> None:
     )
     parser.set_defaults(run=_check)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    _add_config(parser)
     _add_image_limit(parser, Settings())
     parser.add_argument(
         "--work-dir",
@@ -314,6 +336,7 @@ def _add_check(commands: Any) -> None:
 
 
 def _add_machine_options(parser: Any, settings: Settings) -> None:
+    _add_config(parser)
     parser.add_argument(
         "--connect",
         metavar="URI",
@@ -336,6 +359,15 @@ def _add_machine_options(parser: Any, settings: Settings) -> None:
         type=Path,
         metavar="DIR",
         help=f"for what later builds need not find out again (default: {default_cache_dir()})",
+    )
+
+
+def _add_config(parser: Any) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"settings of this machine, an ini file (default: {SETTINGS_FILE}, if it is there)",
     )
 
 
@@ -370,6 +402,22 @@ def _whole_number(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return replace(local_settings(options.config), **_given(options, Settings))
+
+
+def local_settings(file: Path | None) -> Settings:
+    """What a settings file says, or SETTINGS_FILE where there is one; UsageError.
+
+    Whoever builds on a machine of their own may use its user-mode network and
+    fetch from where they like, unless the file says otherwise.
+    """
+    if file is not None and not file.exists():
+        raise UsageError(f"settings {file} do not exist", "check the path")
+    defaults = Settings(networks=(USER_NETWORK,), file_hosts=("*",))
+    return load_settings([file or SETTINGS_FILE], defaults=defaults)
 
 
 def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
@@ -408,13 +456,14 @@ def _build(options: argparse.Namespace) -> int:
 
 def _order(options: argparse.Namespace) -> tuple[Order, Settings]:
     """What the options ask for; the output directory is made last, when all else is in order."""
-    from . import imagefile, output, template
+    from . import imagefile, network, output, template
     from .pipeline import Order
 
     spec = BuildSpec.from_dict(_given(options, BuildSpec))
-    settings = Settings(**_given(options, Settings))
+    settings = _settings(options)
     parsed = template.load(options.template)
-    template.require_supported(parsed)
+    network.require_allowed(spec.network, settings)
+    parsed.require_network(spec.network)
     if options.utility_image is not None:
         imagefile.require_file(options.utility_image, imagefile.UTILITY_IMAGE)
     imagefile.require_file(options.input_image, imagefile.INPUT_IMAGE)
@@ -443,6 +492,8 @@ def print_summary(record: Manifest, output: Path) -> None:
     for phase in record.timeline:
         _print_bar(phase["phase"], phase["seconds"], total)
         if phase["phase"] == "job":
+            for step in record.setup:
+                _print_bar(f"  {step['name']}", step["seconds"], total)
             for command in record.commands:
                 _print_bar(f"  {command['name']}", command["seconds"], total)
     print(f"{'total':24}{total:8.1f} s")
@@ -456,7 +507,7 @@ def _print_bar(name: str, seconds: float, total: float) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     from . import doctor
 
-    findings = doctor.examine(Settings(**_given(options, Settings)))
+    findings = doctor.examine(_settings(options))
     if options.json:
         print(json.dumps([finding.to_dict() for finding in findings], indent=2))
     else:
@@ -474,9 +525,8 @@ def _doctor(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from . import check
 
-    findings = [
-        check.examine(path, Settings(**_given(options, Settings))) for path in options.files
-    ]
+    settings = _settings(options)
+    findings = [check.examine(path, settings) for path in options.files]
     if options.json:
         print(json.dumps([finding.to_dict() for finding in findings], indent=2))
     else:

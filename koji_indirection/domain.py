@@ -14,7 +14,8 @@ from lxml import etree
 from lxml.builder import E
 
 from .errors import UsageError
-from .guest import LOG_PORT, STATUS_PORT
+from .guestjob import LOG_PORT, STATUS_PORT
+from .spec import USER_NETWORK
 
 # os-release IDs of systems built for x86-64-v2 and -v3, by major version (facts: RHEL 9, RHEL 10).
 _RHEL_LIKE = ("rhel", "centos", "almalinux", "rocky", "ol", "eurolinux", "circle")
@@ -43,7 +44,10 @@ class Disk:
 
 @dataclass(frozen=True)
 class Domain:
-    """Everything that the XML says about the utility VM; sizes in bytes."""
+    """Everything that the XML says about the utility VM; sizes in bytes.
+
+    network -- "user", the name of a libvirt network, or None.
+    """
 
     name: str
     accel_kind: str
@@ -52,6 +56,7 @@ class Domain:
     cpu_model: str
     disks: Sequence[Disk]
     socket_dir: Path
+    network: str | None = None
 
     @property
     def console_socket(self) -> Path:
@@ -111,6 +116,7 @@ def domain_xml(domain: Domain) -> str:
         E.on_crash("preserve"),
         E.devices(
             *(_disk(disk) for disk in domain.disks),
+            *_interfaces(domain.network),
             E.controller(type="usb", model="none"),
             _unix_socket(E.serial(E.target(port="0"), type="unix"), domain.console_socket),
             _unix_socket(
@@ -151,6 +157,14 @@ def _disk(disk: Disk) -> etree._Element:
     if disk.readonly:
         element.append(E.readonly())
     return element
+
+
+def _interfaces(network: str | None) -> list[etree._Element]:
+    if network is None:
+        return []
+    if network == USER_NETWORK:
+        return [E.interface(E.model(type="virtio"), type="user")]
+    return [E.interface(E.source(network=network), E.model(type="virtio"), type="network")]
 
 
 def _backing_store(backing: tuple[Path, str] | None) -> etree._Element:

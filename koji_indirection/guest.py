@@ -10,26 +10,20 @@ import io
 import logging
 import re
 import tarfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from .appliance import Appliance, ApplianceError
 from .errors import BuildFailed
+from .guestjob import DIRECTORY, Files, GuestJob, host_files, job_files
 from .guestlog import printable
-from .template import Command
 
 log = logging.getLogger(__name__)
-
-STATUS_PORT = "org.koji.indirection.status"
-LOG_PORT = "org.koji.indirection.log"
-SAMPLE_SECONDS = 5
 
 _SYSTEMD = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd")
 # Where a small init says that it runs /etc/rc.local if there is one.
 _MAY_START_RC_LOCAL = ("/etc/inittab", "/etc/init.d/rcS", "/etc/rc")
-_JOB = "etc/koji-indirection"
 _OWN_RC_LOCAL = "/etc/rc.local.own"  # the guest's own rc.local, which still runs first
 
 # Units that wait for a person, or for a network that is not there, before multi-user is reached.
@@ -82,10 +76,8 @@ def require_boot_code(appliance: Appliance) -> None:
         )
 
 
-def inject(
-    appliance: Appliance, commands: Sequence[Command], *, workspace_partition: str, tmp_dir: Path
-) -> GuestSystem:
-    """Find the guest's root, and write the runner, the commands and what starts them.
+def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem:
+    """Find the guest's root, and write the job and what starts it.
 
     Raises BuildFailed when the image holds no operating system, or one that
     has neither systemd nor an rc.local.
@@ -95,17 +87,13 @@ def inject(
     selinux_config = _permissive_selinux_config(appliance)
     os_release = _os_release(appliance)
     archive = tmp_dir / "job.tar"
-    archive.write_bytes(
-        job_archive(
-            commands,
-            workspace_partition=workspace_partition,
-            init=init,
-            selinux_config=selinux_config,
-        )
-    )
+    archive.write_bytes(job_archive(job, init=init, selinux_config=selinux_config))
     if init == "rc.local" and appliance.call("exists", "/etc/rc.local"):
         appliance.call("mv", "/etc/rc.local", _OWN_RC_LOCAL)
     appliance.call("tar_in", str(archive), "/")
+    for path, source in host_files(job).items():
+        appliance.call("upload", str(source), f"/{path}")
+        appliance.call("chmod", 0o600, f"/{path}")
     appliance.call("umount_all")
     system = GuestSystem(
         root_device,
@@ -125,27 +113,20 @@ def inject(
     return system
 
 
-def job_archive(
-    commands: Sequence[Command], *, workspace_partition: str, init: str, selinux_config: str | None
-) -> bytes:
-    """The tar archive, relative to the guest's root, of everything that the job needs there."""
-    files: dict[str, tuple[str, int]] = {
-        f"{_JOB}/run": (_job_file("run.sh"), 0o755),
-        f"{_JOB}/settings": (
-            f"STATUS_PORT={STATUS_PORT}\nLOG_PORT={LOG_PORT}\n"
-            f"WORKSPACE={workspace_partition}\nSAMPLE_SECONDS={SAMPLE_SECONDS}\n",
-            0o644,
-        ),
-    }
-    for number, command in enumerate(commands, start=1):
-        head = f"=== command {number} of {len(commands)}: {command.name}\n"
-        files[f"{_JOB}/commands/{number:04}.cmd"] = (command.text + "\n", 0o755)
-        files[f"{_JOB}/commands/{number:04}.head"] = (head, 0o644)
+def job_archive(job: GuestJob, *, init: str, selinux_config: str | None) -> bytes:
+    """The tar archive, relative to the guest's root, of what the job needs there.
+
+    Files of the job that are on the host are not in it.
+    """
+    files = job_files(job)
     links: dict[str, str] = {}
     if init == "systemd":
         units = "etc/systemd/system"
-        files[f"{units}/koji-indirection.service"] = (_job_file("koji-indirection.service"), 0o644)
-        files["etc/cloud/cloud-init.disabled"] = ("", 0o644)
+        files[f"{units}/koji-indirection.service"] = (
+            _job_file("koji-indirection.service"),
+            0o644,
+        )
+        files["etc/cloud/cloud-init.disabled"] = (b"", 0o644)
         links[f"{units}/multi-user.target.wants/koji-indirection.service"] = (
             "../koji-indirection.service"
         )
@@ -153,20 +134,21 @@ def job_archive(
         links.update({f"{units}/{unit}": "/dev/null" for unit in _MASKED_UNITS})
     else:
         files["etc/rc.local"] = (
-            f"#!/bin/sh\n[ -x {_OWN_RC_LOCAL} ] && {_OWN_RC_LOCAL}\n"
-            f"/bin/sh /{_JOB}/run </dev/null >/dev/null 2>&1 &\n",
+            (
+                f"#!/bin/sh\n[ -x {_OWN_RC_LOCAL} ] && {_OWN_RC_LOCAL}\n"
+                f"/bin/sh /{DIRECTORY}/run </dev/null >/dev/null 2>&1 &\n"
+            ).encode(),
             0o755,
         )
     if selinux_config is not None:
-        files["etc/selinux/config"] = (selinux_config, 0o644)
+        files["etc/selinux/config"] = (selinux_config.encode(), 0o644)
     return _tar(files, links)
 
 
-def _tar(files: dict[str, tuple[str, int]], links: dict[str, str]) -> bytes:
+def _tar(files: Files, links: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
-        for name, (text, mode) in files.items():
-            content = text.encode()
+        for name, (content, mode) in files.items():
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(content), mode
             archive.addfile(member, io.BytesIO(content))
@@ -177,8 +159,8 @@ def _tar(files: dict[str, tuple[str, int]], links: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _job_file(name: str) -> str:
-    return resources.files("koji_indirection").joinpath("job", name).read_text(encoding="utf-8")
+def _job_file(name: str) -> bytes:
+    return resources.files("koji_indirection").joinpath("job", name).read_bytes()
 
 
 def _mount_root(appliance: Appliance) -> str:

@@ -444,7 +444,7 @@ def find_inputs(
     tag_repo = tag_repo_of(daemon.session, target) if spec.tag_repo else None
     path, source = _fetch_template(daemon, spec, spec.template_scm, settings)
     parsed = template.load(path)
-    template.require_supported(parsed)
+    parsed.require_network(spec.build.network)
     text = path.read_bytes()
 
     def resolved(reference: str, arch: str, glob: str | None, role: str) -> sources.Source:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import programs
-from .config import Settings, load_settings
+from .config import Settings, require_within_limits
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .manifest import FILE_NAME as MANIFEST
 from .sources import ask
-from .spec import USER_NETWORK, BuildSpec
+from .spec import BuildSpec
 from .taskspec import TaskSpec
 
 if TYPE_CHECKING:
@@ -104,10 +104,12 @@ def run(hub: Hub, here: Here, order: LocalOrder, *, quiet: bool, as_json: bool) 
 
 def _build(hub: Hub, here: Here, order: LocalOrder, quiet: bool) -> Manifest:
     _require_engine(order.arch)
-    from . import kojibuild, output, pipeline, sources
+    from . import kojibuild, network, output, pipeline, sources
     from .display import Display, log_shown_on
 
     settings = _settings(here, order)
+    network.require_allowed(order.build.network, settings)
+    require_within_limits(order.build, settings)
     with ExitStack() as stack:
         enter = stack.enter_context
         display = enter(Display(sys.stderr, verbose=here.verbose, quiet=quiet))
@@ -115,6 +117,7 @@ def _build(hub: Hub, here: Here, order: LocalOrder, quiet: bool) -> Manifest:
         enter(log_shown_on(display))
         display.phase("find")
         inputs = order.find_inputs(settings, enter(_temporary(settings.work_dir)))
+        inputs.template.require_network(order.build.network)
         directory = output.prepare(here.output, force=here.force)
         logs = directory / output.LOGS
         (logs / kojibuild.TEMPLATE_LOG).write_bytes(inputs.template_text)
@@ -169,11 +172,10 @@ def _require_engine(arch: str) -> None:
 
 
 def _settings(here: Here, order: LocalOrder) -> Settings:
-    if here.settings is not None and not here.settings.exists():
-        raise UsageError(f"the settings {here.settings} do not exist", "check the path")
-    # Who runs this may use the network anyway; libvirt's networks are somebody's to grant.
-    defaults = Settings(networks=(USER_NETWORK,))
-    settings = load_settings([here.settings] if here.settings else [], defaults=defaults)
+    """As `koji-indirection build` has them, with what the options say."""
+    from .command import local_settings
+
+    settings = local_settings(here.settings)
     given = {
         name: getattr(here, name)
         for name in ("work_dir", "cache_dir", "connect")
@@ -224,7 +226,6 @@ def inputs_of(
     from . import kojibuild, template
 
     parsed = template.parse(text, source=Path(spec.template).name)
-    template.require_supported(parsed)
     repository = None
     if tag_repo:
         repository = kojibuild.tag_repo_of(hub.session, require_target(hub.session, spec))

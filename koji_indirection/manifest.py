@@ -112,6 +112,7 @@ class Manifest:
     input_image: ImageRecord | None = None
     guest: dict[str, Any] = field(default_factory=dict)
     timeline: list[dict[str, Any]] = field(default_factory=list)
+    setup: list[dict[str, Any]] = field(default_factory=list)
     commands: list[dict[str, Any]] = field(default_factory=list)
     outputs: list[OutputRecord] = field(default_factory=list)
     logs: list[str] = field(default_factory=list)

@@ -142,8 +142,8 @@ HERE_OPTIONS: Sequence[Option] = (
            Path),
     _flag("--force", "take an output directory that has files in it; what an earlier build wrote"
           " there is removed first"),
-    Option("--settings", "FILE", "ini file with this machine's settings, as a builder has it",
-           "settings", Path),
+    Option("--settings", "FILE", "ini file with this machine's settings, as koji-indirection takes"
+           " it with --config", "settings", Path),
     Option("--work-dir", "DIR", f"for disks while they are in use (default: {default_work_dir()})",
            "work_dir", Path),
     Option("--cache-dir", "DIR", "for fetched images, and what later builds need not find out"

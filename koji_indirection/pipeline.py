@@ -27,9 +27,12 @@ from . import (
     __version__,
     accel,
     appliance,
+    filefetch,
     guest,
     imagefile,
     machine,
+    media,
+    network,
     programs,
     results,
     workspace,
@@ -39,6 +42,7 @@ from .config import Settings, require_within_limits
 from .domain import NAME_PREFIX, Disk, Domain, tcg_cpu_model
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .guest import GuestSystem
+from .guestjob import GuestFile, GuestJob, results_directory, spec_repositories
 from .guestlog import BoundedLog
 from .imagefile import ImageFile
 from .jobdir import job_directory
@@ -75,7 +79,6 @@ class Progress(Protocol):
 class Order:
     """What to build, from what, and where it goes.
 
-    template -- one that template.require_supported() lets pass.
     utility_image -- None: the input image is its own utility.
     output -- an existing directory, as output.prepare() makes it.
     label -- part of the VM's name, e.g. "task-123"; may be empty.
@@ -170,11 +173,10 @@ class _Build:
 
     def run(self) -> None:
         settings = self.settings
-        if self.order.template.ignored:
-            log.info("template: these have no effect: %s", ", ".join(self.order.template.ignored))
         with ExitStack() as stack:
             self.timeline.enter("vet")
             require_within_limits(self.spec, settings)
+            self._check_order()
             self.job = stack.enter_context(
                 job_directory(settings.work_dir, also_removed=[self.order.output / results.PARTIAL])
             )
@@ -192,16 +194,30 @@ class _Build:
             self._note_hypervisor()
             overlay = self._overlay(self.utility, "utility")
             disk = self._make_workspace()
+            media_disk = self._make_media()
+            job = self._guest_job(media_disk)
 
             self.timeline.enter("inject")
-            system = self._inject(overlay)
+            system = self._inject(overlay, job)
 
             self.timeline.enter("boot")
-            failure = self._run_machine(system, self._disks(overlay, disk))
+            disks = self._disks(overlay, disk)
+            if media_disk is not None:
+                disks.append(media_disk.disk)
+            failure = self._run_machine(system, disks, job)
 
             self.timeline.enter("collect")
             self._note_checksums(checksums)
             self._collect(overlay, disk, system, failure or self._changed_input())
+
+    def _check_order(self) -> None:
+        template = self.order.template
+        if template.ignored:
+            log.info("template: these have no effect: %s", ", ".join(template.ignored))
+        if template.mistaken:
+            log.warning("template: unknown, and without effect: %s", ", ".join(template.mistaken))
+        network.require_allowed(self.spec.network, self.settings)
+        template.require_network(self.spec.network)
 
     def _note_host(self) -> None:
         self.record.accelerator = {"kind": self.accel.kind, "reason": self.accel.reason}
@@ -295,19 +311,63 @@ class _Build:
         )
         return disk
 
-    def _inject(self, overlay: _Overlay) -> GuestSystem:
+    def _make_media(self) -> media.Media | None:
+        """The disk with packages, if there is to be one; named after all others."""
+        if self.settings.media is None:
+            return None
+        last = self.spec.guest_disks()[-1].device
+        made = media.prepare(
+            self.settings.media,
+            device=f"{last[:-1]}{chr(ord(last[-1]) + 1)}",
+            work_dir=self.job.path,
+            max_size_bytes=self.settings.max_image_bytes,
+        )
+        if made.image is None:
+            return made
+        image = self._reachable(made.image, "media")
+        return dataclasses.replace(made, disk=dataclasses.replace(made.disk, path=image.path))
+
+    def _guest_job(self, media_disk: media.Media | None) -> GuestJob:
+        spec, template = self.spec, self.order.template
+        commands = template.commands_for(platform.machine())
+        skipped = [command for command in template.commands if command not in commands]
+        for command in skipped:
+            log.info("command %s is for %s only: not run", command.name, command.arch)
+        return GuestJob(
+            commands=commands,
+            skipped=skipped,
+            network=spec.network,
+            media=(media_disk.disk.device, media_disk.file_system) if media_disk else None,
+            repositories=(*template.repositories, *spec_repositories(spec.repos)),
+            packages=template.packages,
+            files=self._guest_files(),
+            environment=network.proxy_environment(spec.network, self.settings),
+            workspace=spec.workspace_partition,
+            input=f"/dev/{spec.input_device}" if spec.input_device else spec.input_filename or "",
+            results_dir=results_directory(spec),
+        )
+
+    def _guest_files(self) -> list[GuestFile]:
+        files = []
+        fetcher = filefetch.Fetcher(self.settings)
+        for number, file in enumerate(self.order.template.files, start=1):
+            data: bytes | Path
+            if file.type == "url":
+                data = self.job.path / f"file-{number}"
+                fetcher.fetch(file.name, file.content, data)
+            else:
+                data = file.data()
+            files.append(GuestFile(file.name, data, file.mode, file.owner))
+        return files
+
+    def _inject(self, overlay: _Overlay, job: GuestJob) -> GuestSystem:
         drive = Drive(str(overlay.path), overlay.format, readonly=False)
         with appliance.appliance(
             [drive], accel_kind=self.accel.kind, job_dir=self.job.path
         ) as running:
             self.record.versions["libguestfs"] = running.version()
             guest.require_boot_code(running)
-            system = guest.inject(
-                running,
-                self.order.template.commands,
-                workspace_partition=self.spec.workspace_partition,
-                tmp_dir=self.job.path,
-            )
+            system = guest.inject(running, job, tmp_dir=self.job.path)
         self.record.guest = {
             "os_id": system.os_id,
             "version_id": system.version_id,
@@ -331,7 +391,9 @@ class _Build:
                 disks.append(Disk(device, role, image.path, image.format, readonly=True))
         return disks
 
-    def _run_machine(self, system: GuestSystem, disks: Sequence[Disk]) -> IndirectionError | None:
+    def _run_machine(
+        self, system: GuestSystem, disks: Sequence[Disk], job: GuestJob
+    ) -> IndirectionError | None:
         """Run the VM to its end; returns why the job failed, None when it ended well."""
         spec, kind = self.spec, self.accel.kind
         domain = Domain(
@@ -342,6 +404,7 @@ class _Build:
             cpu_model=tcg_cpu_model(system.os_id, system.version_id),
             disks=disks,
             socket_dir=self.job.run,
+            network=spec.network,
         )
         deadlines = Deadlines(
             boot=spec.boot_timeout_seconds or BOOT_TIMEOUT_SECONDS[kind],
@@ -358,7 +421,8 @@ class _Build:
             running = enter(machine.start(self.hypervisor, domain))
             watch = Watch(
                 running,
-                command_names=[command.name for command in self.order.template.commands],
+                command_names=[command.name for command in job.commands],
+                setup_steps=job.steps,
                 deadlines=deadlines,
                 job_log=job_log,
                 console_log=console_log,
@@ -371,6 +435,7 @@ class _Build:
             except IndirectionError as error:
                 failure = error
         report = watch.report
+        self.record.setup = [asdict(step) for step in report.setup]
         self.record.commands = [asdict(command) for command in report.commands]
         self.record.guest.update(
             report.guest,
@@ -505,6 +570,12 @@ def _job_failure(report: JobReport, job_log: BoundedLog) -> BuildFailed | None:
         return None
     lines = job_log.last_lines(_OUTPUT_LINES_IN_ERRORS)
     details = "\n".join(["the last lines of logs/job.log:", *(f"  {line}" for line in lines)])
+    step = report.setup[-1] if report.setup else None
+    if step is not None and step.status:
+        reason = step.reason or f"it exited with status {step.status}"
+        return BuildFailed(
+            f"set-up step {step.name!r} failed: {reason}", "see logs/job.log", details=details
+        )
     failed = report.commands[-1] if report.commands else None
     what = f"command {failed.name!r}" if failed is not None else "the job"
     return BuildFailed(

@@ -30,7 +30,7 @@ from .options import (
 )
 from .sources import HubSession, Reference, Source, resolve
 from .taskspec import TaskSpec
-from .template import load, require_supported
+from .template import load
 from .units import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -243,7 +243,9 @@ def request_from(arguments: Sequence[str], *, upload_dir: str) -> Request:
         }
     )
     if template_file is not None:
-        require_supported(load(template_file))
+        template = load(template_file)
+        for arch in spec.arches:
+            template.require_network(spec.build_for(arch).network)
     return Request(spec=spec, template_file=template_file, here=here, **asked)
 
 

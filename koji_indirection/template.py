@@ -1,4 +1,4 @@
-"""The template: a partial TDL document, read into something that can be run.
+"""The template: a partial TDL document, read into something that can be applied.
 
 It comes from a user and is parsed on a hub, a client or a builder, so nothing
 here may fetch, open or expand what the document names: no DTD, no entities,
@@ -17,9 +17,12 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from koji_indirection.address import repository_problem
 from koji_indirection.errors import BuilderFault, BuildFailed, UsageError
 
 if TYPE_CHECKING:
@@ -41,17 +44,21 @@ _BLOCKS = ("repositories", "packages", "files", "commands")
 
 @dataclass(frozen=True)
 class Command:
-    """One command: `text` is run by the guest's shell, or by its own `#!` line."""
+    """One command: `text` is run by the guest's shell, or by its own `#!` line.
+
+    arch -- the only arch that it is run on; None for all.
+    """
 
     name: str
     text: str
+    arch: str | None = None
 
 
 @dataclass(frozen=True)
 class Repository:
     """A package repository; the defaults are Oz's.
 
-    clientcert, clientkey -- the element's text, or None; not applied.
+    url -- as address.repository_problem() lets pass.
     """
 
     name: str
@@ -59,8 +66,6 @@ class Repository:
     signed: bool = False
     persisted: bool = True
     sslverify: bool = False
-    clientcert: str | None = None
-    clientkey: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,15 @@ class File:
     type -- 'raw', 'base64' or 'url'.
     content -- raw: the text, without blank space around it (as in Oz); base64:
     the encoded text without any blank space; url: an http or https address.
+    mode -- permission bits; None for those that a new file of root's has.
+    owner -- USER or USER:GROUP, names or numbers of the guest's; None for root.
     """
 
     name: str
     type: str
     content: str
+    mode: int | None = None
+    owner: str | None = None
 
     def data(self) -> bytes:
         """The bytes of a raw or base64 file; a url's content is not known here."""
@@ -96,9 +105,9 @@ class File:
 class Template:
     """A parsed template.
 
-    commands -- in the order in which they run.
+    commands -- in the order in which they run, those for other arches included.
     ignored -- what the document says that has no effect: "os", "command@foo",
-    "repository/clientcert"; each once, in document order.
+    "repository/priority"; each once, in document order.
     sha256 -- of the bytes that were parsed.
     """
 
@@ -108,6 +117,56 @@ class Template:
     files: tuple[File, ...]
     ignored: tuple[str, ...]
     sha256: str
+
+    @property
+    def mistaken(self) -> tuple[str, ...]:
+        """What is ignored and is nothing that a full TDL has either: a mistake, most likely."""
+        return tuple(name for name in self.ignored if name not in _TDL_WITHOUT_EFFECT)
+
+    def commands_for(self, arch: str) -> tuple[Command, ...]:
+        """The commands that run on an arch, as `uname -m` or Koji calls it.
+
+        Raises BuildFailed when there is none.
+        """
+        chosen = tuple(
+            command
+            for command in self.commands
+            if command.arch is None or _one_name(command.arch) == _one_name(arch)
+        )
+        if not chosen:
+            raise BuildFailed(
+                f"the template has no command for {arch}: each is for another arch",
+                "leave the arch of a command out to have it run everywhere",
+            )
+        return chosen
+
+    def require_network(self, network: str | None) -> None:
+        """Raise BuildFailed if it has repositories and the guest has no network to reach them."""
+        if self.repositories and network is None:
+            raise BuildFailed(
+                f"the template has repository {_shown(self.repositories[0].name)},"
+                " but the guest has no network to reach it",
+                "ask for one with --network user, or hand over packages with --media",
+            )
+
+
+# What Image Factory passes on of a full TDL, and Oz reads or ignores.
+_TDL_WITHOUT_EFFECT = (
+    "template@version",
+    "name",
+    "os",
+    "description",
+    "disk",
+    "package/repository",
+    "package/file",
+    "package/arguments",
+)
+
+_ARCH_NAMES = {"amd64": "x86_64", "arm64": "aarch64", "i686": "i386", "i586": "i386"}
+
+
+def _one_name(arch: str) -> str:
+    return _ARCH_NAMES.get(arch, arch)
 
 
 def load(path: Path) -> Template:
@@ -152,7 +211,7 @@ def parse(data: bytes, *, source: str) -> Template:
     for child in root:
         if child.tag not in _BLOCKS:
             reader.note(_tag(child))
-    return Template(
+    template = Template(
         repositories=_repositories(reader, root),
         packages=_packages(reader, root),
         files=_files(reader, root),
@@ -160,19 +219,8 @@ def parse(data: bytes, *, source: str) -> Template:
         ignored=reader.ignored(),
         sha256=hashlib.sha256(data).hexdigest(),
     )
-
-
-def require_supported(template: Template) -> None:
-    """Raise BuildFailed if the template asks for what this version cannot do yet."""
-    asked = [
-        f"<{block}>" for block in ("repositories", "packages", "files") if getattr(template, block)
-    ]
-    if not asked:
-        return
-    raise BuildFailed(
-        f"the template has {_and(asked)}, which this version cannot apply yet; nothing was run",
-        "do that work in <commands>, or put it into the utility image",
-    )
+    _require_valid(root, source)
+    return template
 
 
 # --- XML --------------------------------------------------------------------------------------
@@ -251,6 +299,32 @@ def _parse_xml(data: bytes, source: str) -> _Element:
             "or stand in CDATA",
         ) from error
     return root
+
+
+@lru_cache(maxsize=1)
+def _schema() -> Any:
+    etree = _etree()
+    text = resources.files("koji_indirection").joinpath("template.rng").read_bytes()
+    return etree.RelaxNG(etree.fromstring(text))
+
+
+def _require_valid(root: _Element, source: str) -> None:
+    """Hold the document against template.rng, for whatever the reader has no sentence of its own.
+
+    Raises BuildFailed with the line of the first error.
+    """
+    schema = _schema()
+    if schema.validate(root):
+        return
+    errors = [error for error in schema.error_log if error.line]
+    # libxml2 goes from the cause outwards: what it says first is what is wrong.
+    first = errors[0] if errors else None
+    line = first.line if first is not None else _line(root)
+    reason = _printable(" ".join(first.message.split())) if first is not None else "unknown error"
+    raise BuildFailed(
+        f"template {source}, line {line}: {reason}",
+        "the template's form is template.rng; docs/template.md has an example of each element",
+    )
 
 
 class _Reader:
@@ -344,10 +418,11 @@ def _commands(reader: _Reader, root: _Element) -> tuple[Command, ...]:
             reader.fail(
                 element, f"there are more than {MAX_COMMANDS} commands", "join some into scripts"
             )
-        reader.note_attributes(element, known=("name", "position", "type"))
+        reader.note_attributes(element, known=("name", "position", "type", "arch"))
         name = reader.name(element)
         reader.unique(element, name, seen)
-        found.append((element, Command(name, _command_text(reader, element, name))))
+        text = _command_text(reader, element, name)
+        found.append((element, Command(name, text, _command_arch(reader, element, name))))
     if not found:
         reader.fail(
             root,
@@ -394,6 +469,17 @@ def _command_text(reader: _Reader, element: _Element, name: str) -> str:
     if not text.strip():
         reader.fail(element, f"{what} is empty", "write what it is to run, or remove it")
     return text
+
+
+def _command_arch(reader: _Reader, element: _Element, name: str) -> str | None:
+    arch = element.get("arch")
+    if arch is not None and not re.fullmatch("[A-Za-z0-9_]{2,20}", arch):
+        reader.fail(
+            element,
+            f"command {_shown(name)} has {_shown(arch)} for an arch",
+            "name one, as x86_64, or leave it out to have the command run everywhere",
+        )
+    return arch
 
 
 def _in_order(reader: _Reader, found: list[tuple[_Element, Command]]) -> tuple[Command, ...]:
@@ -444,7 +530,13 @@ def _repositories(reader: _Reader, root: _Element) -> tuple[Repository, ...]:
                 continue
             reader.note_attributes(child, known=())
             if tag in ("clientcert", "clientkey"):
-                reader.note(f"repository/{tag}")
+                reader.fail(
+                    child,
+                    f"repository {_shown(name)} has a <{tag}>, which is refused: "
+                    "a template is kept, and everybody can read it",
+                    "use a repository that asks for no client certificate, or put the packages "
+                    "into the utility image",
+                )
             if tag in values:
                 reader.fail(
                     child, f"repository {_shown(name)} has more than one <{tag}>", "keep one"
@@ -457,8 +549,6 @@ def _repositories(reader: _Reader, root: _Element) -> tuple[Repository, ...]:
                 signed=_flag(reader, element, name, values, "signed", default=False),
                 persisted=_flag(reader, element, name, values, "persisted", default=True),
                 sslverify=_flag(reader, element, name, values, "sslverify", default=False),
-                clientcert=values.get("clientcert"),
-                clientkey=values.get("clientkey"),
             )
         )
     return tuple(found)
@@ -471,17 +561,9 @@ def _repository_url(reader: _Reader, element: _Element, name: str, url: str) -> 
     what = f"repository {_shown(name)}"
     if not url:
         reader.fail(element, f"{what} has no <url>", "write <url>http://...</url> in it")
-    match = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)", url)
-    # A blank would let one value become two lines or fields of a repository file in the guest.
-    if not match or not url.isprintable() or " " in url:
-        reader.fail(element, f"{what} has {_shown(url)} for a <url>", "write http://host/path")
-    host = match.group(1).rpartition("@")[2].lower()
-    if re.fullmatch(r"(localhost(\.localdomain)?|127\.[0-9.]+|\[::1\])(:[0-9]*)?", host):
-        reader.fail(
-            element,
-            f"{what} is at {_shown(host)}, which in the guest is the guest itself",
-            "give a host that the guest can reach",
-        )
+    problem = repository_problem(url)
+    if problem is not None:
+        reader.fail(element, f"{what} {problem[0]}", problem[1])
     return url
 
 
@@ -527,7 +609,7 @@ def _files(reader: _Reader, root: _Element) -> tuple[File, ...]:
     found: list[File] = []
     seen: dict[str, int] = {}
     for element in reader.items(root, "files", "file"):
-        reader.note_attributes(element, known=("name", "type"))
+        reader.note_attributes(element, known=("name", "type", "mode", "owner"))
         name = reader.name(element, MAX_FILE_NAME_LENGTH)
         what = f"file {_shown(name)}"
         if not name.startswith("/"):
@@ -538,27 +620,58 @@ def _files(reader: _Reader, root: _Element) -> tuple[File, ...]:
             reader.fail(element, f"the name of {what} is a directory's", "name the file itself")
         reader.unique(element, name, seen)
         kind = element.get("type", "raw")
-        content = reader.text(element, what)
-        if kind == "base64":
-            content = "".join(content.split())
-            try:
-                _decode_base64(content)
-            except binascii.Error:
-                reader.fail(
-                    element,
-                    f"{what} is not valid base64",
-                    "encode it with `base64`, or use type raw",
-                )
-        elif kind == "url":
-            _check_file_url(reader, element, what, content)
-        elif kind != "raw":
-            reader.fail(
-                element,
-                f"{what} has the unknown type {_shown(kind)}",
-                "the types are raw, base64 and url",
-            )
-        found.append(File(name, kind, content))
+        content = _file_content(reader, element, what, kind)
+        mode, owner = _file_mode(reader, element, what), _file_owner(reader, element, what)
+        found.append(File(name, kind, content, mode, owner))
     return tuple(found)
+
+
+def _file_content(reader: _Reader, element: _Element, what: str, kind: str) -> str:
+    content = reader.text(element, what)
+    if kind == "base64":
+        content = "".join(content.split())
+        try:
+            _decode_base64(content)
+        except binascii.Error:
+            reader.fail(
+                element, f"{what} is not valid base64", "encode it with `base64`, or use type raw"
+            )
+    elif kind == "url":
+        _check_file_url(reader, element, what, content)
+    elif kind != "raw":
+        reader.fail(
+            element,
+            f"{what} has the unknown type {_shown(kind)}",
+            "the types are raw, base64 and url",
+        )
+    return content
+
+
+def _file_mode(reader: _Reader, element: _Element, what: str) -> int | None:
+    mode = element.get("mode")
+    if mode is None:
+        return None
+    if not re.fullmatch("0?[0-7]{3,4}", mode):
+        reader.fail(
+            element,
+            f"{what} has {_shown(mode)} for a mode, which is not octal",
+            "write three or four digits from 0 to 7, as 0644",
+        )
+    return int(mode, 8)
+
+
+def _file_owner(reader: _Reader, element: _Element, what: str) -> str | None:
+    owner = element.get("owner")
+    name = "[A-Za-z0-9_][A-Za-z0-9_.-]*"  # no dash first: chown would take it for an option
+    if owner is not None and not (
+        re.fullmatch(f"{name}(:{name})?", owner) and len(owner) <= MAX_NAME_LENGTH
+    ):
+        reader.fail(
+            element,
+            f"{what} has {_shown(owner)} for an owner",
+            "write USER or USER:GROUP, names or numbers of the guest's",
+        )
+    return owner
 
 
 def _check_file_url(reader: _Reader, element: _Element, what: str, url: str) -> None:
@@ -615,7 +728,3 @@ def _shown(text: str) -> str:
 
 def _plural(tag: str) -> str:
     return "repositories" if tag == "repository" else f"{tag}s"
-
-
-def _and(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

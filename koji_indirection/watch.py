@@ -57,15 +57,30 @@ class CommandRecord:
 
 
 @dataclass
+class SetupRecord:
+    """One set-up step as the guest reported it; status and seconds None when it did not end.
+
+    reason -- what went wrong, in the guest's words.
+    """
+
+    name: str
+    status: int | None = None
+    seconds: float | None = None
+    reason: str = ""
+
+
+@dataclass
 class JobReport:
     """What became of the job.
 
+    setup, commands -- those that were started, in order.
     status -- exit status of the job; None until the guest reported its end.
     guest -- facts that the guest stated about itself (kernel, shell, selinux).
     peaks -- highest samples in bytes: memory_bytes, root_bytes, workspace_bytes.
     boot_seconds, job_seconds, shutdown_seconds -- how long each stage took on the host's clock.
     """
 
+    setup: list[SetupRecord] = field(default_factory=list)
     commands: list[CommandRecord] = field(default_factory=list)
     status: int | None = None
     guest: dict[str, str] = field(default_factory=dict)
@@ -80,6 +95,12 @@ class JobReport:
         last = self.commands[-1] if self.commands else None
         return last if last is not None and last.status is None else None
 
+    @property
+    def running_step(self) -> SetupRecord | None:
+        """The set-up step that was started and did not end."""
+        last = self.setup[-1] if self.setup else None
+        return last if last is not None and last.status is None else None
+
 
 class Watch:
     """One pass over one VM; follow() is the whole of it."""
@@ -89,6 +110,7 @@ class Watch:
         machine: Machine,
         *,
         command_names: Sequence[str],
+        setup_steps: Sequence[str] = (),
         deadlines: Deadlines,
         job_log: BoundedLog,
         console_log: BoundedLog,
@@ -98,6 +120,7 @@ class Watch:
         self.report = JobReport()
         self._machine = machine
         self._command_names = command_names
+        self._setup_steps = setup_steps
         self._deadlines = deadlines
         self._job_log = job_log
         self._console_log = console_log
@@ -205,6 +228,10 @@ class Watch:
             )
         elif self._stage != "job":
             return
+        elif event == "setup-started":
+            self._start_step(report["step"])
+        elif event == "setup-ended":
+            self._end_step(report)
         elif event == "command-started":
             index = int(report["index"])
             if index != len(self.report.commands) + 1:
@@ -229,6 +256,22 @@ class Watch:
         elif event == "job-ended":
             self.report.status = int(report["status"]) & 0xFF
             self.report.job_seconds = self._enter("shutdown")
+
+    def _start_step(self, step: object) -> None:
+        done = [record.name for record in self.report.setup]
+        if [*done, step] != list(self._setup_steps[: len(done) + 1]) or self.report.commands:
+            raise ValueError("no such step, or out of order")
+        self.report.setup.append(SetupRecord(str(step)))
+        log.info("setup: %s", step)
+
+    def _end_step(self, report: dict[str, Any]) -> None:
+        step = self.report.running_step
+        if step is None or report["step"] != step.name:
+            raise ValueError("out of order")
+        seconds = max(0.0, min(float(report["seconds"]), 1e9))
+        step.status, step.seconds = int(report["status"]) & 0xFF, seconds
+        step.reason = printable(str(report["reason"]), 500).strip()
+        log.info("setup %s: exit status %d, %.1f s", step.name, step.status, seconds)
 
     # What ends it
 
@@ -327,7 +370,10 @@ class Watch:
 
     def _during(self) -> str:
         command = self.report.running_command
-        return f", during command {command.name!r}" if command is not None else ""
+        if command is not None:
+            return f", during command {command.name!r}"
+        step = self.report.running_step
+        return f", during set-up step {step.name!r}" if step is not None else ""
 
     def _console_tail(self) -> str:
         lines = self._console_log.last_lines(_CONSOLE_LINES_IN_ERRORS)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the job inside the utility guest: each command in turn, then power off.
+# Runs the job inside the utility guest: set-up steps, each command in turn, then power off.
 #
 # POSIX sh and what every system has; nothing is installed in the guest. Reports
 # go to the host over virtio-serial ports, one JSON object a line; the output of
@@ -24,6 +24,15 @@ esac
 export PATH HOME USER LOGNAME TERM LANG
 umask 022
 cd /
+
+# What templates and set-up steps may rely on; then a proxy, if the guest has a network.
+INDIRECTION_WORKSPACE=$WORKSPACE INDIRECTION_INPUT=$INPUT INDIRECTION_RESULTS_DIR=$RESULTS_DIR
+export INDIRECTION_WORKSPACE INDIRECTION_INPUT INDIRECTION_RESULTS_DIR
+if [ -n "$MEDIA_DEVICE" ]; then
+    INDIRECTION_MEDIA=/run/koji-indirection-media
+    export INDIRECTION_MEDIA
+fi
+. "$JOB/environment"
 
 power_off() {
     if [ -d /run/systemd/system ]; then
@@ -137,9 +146,29 @@ report "{\"event\":\"job-started\",\"kernel\":\"$kernel\",\"shell\":\"$command_s
     sleep "$SAMPLE_SECONDS"
 done) </dev/null >/dev/null 2>&1 4>&- &
 
+# What kind of set-up step went wrong, and how, is one line that the step leaves behind.
+REASON_FILE=$pipe_dir/reason
+export REASON_FILE
 status=0
+for step in $SETUP; do
+    echo "=== setup: $step" >&4
+    report "{\"event\":\"setup-started\",\"step\":\"$step\"}"
+    started=$(now)
+    : >"$REASON_FILE"
+    (trap - PIPE && exec /bin/sh "$JOB/setup" "$step") </dev/null >&4 2>&1 3>&- 4>&-
+    status=$?
+    took=$(seconds_since "$started")
+    reason=$(head -n 1 "$REASON_FILE" | cut -c 1-500 | tr -d '"\\' | tr -cd ' -~')
+    printf '=== exit status %d after %s s\n' "$status" "$took" >&4
+    report "{\"event\":\"setup-ended\",\"step\":\"$step\",\"status\":$status,\"seconds\":$took,\"reason\":\"$reason\"}"
+    [ "$status" -eq 0 ] || break
+done
+reason_file=$REASON_FILE
+unset REASON_FILE
+
 index=0
 for command in "$JOB"/commands/*.cmd; do
+    [ "$status" -eq 0 ] || break
     index=$((index + 1))
     cat "${command%.cmd}.head" >&4
     report "{\"event\":\"command-started\",\"index\":$index}"
@@ -153,8 +182,12 @@ for command in "$JOB"/commands/*.cmd; do
     took=$(seconds_since "$started")
     printf '=== exit status %d after %s s\n' "$status" "$took" >&4
     report "{\"event\":\"command-ended\",\"index\":$index,\"status\":$status,\"seconds\":$took}"
-    [ "$status" -eq 0 ] || break
 done
+
+# Repositories that are not persisted go before the job ends, whatever came of it.
+if [ -e "$JOB/setup" ]; then
+    REASON_FILE=$reason_file /bin/sh "$JOB/setup" cleanup </dev/null >/dev/null 2>&1 3>&- 4>&-
+fi
 
 # Close the log and write everything to the disks. A daemon that a command left behind may
 # hold the log open, a device that it left suspended may block sync: wait for neither for ever.

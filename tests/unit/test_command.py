@@ -375,6 +375,13 @@ OPTIONS = [
     (["--max-results", "4"], Settings, {"max_results": 4}),
     (["--max-result-size", "6G"], Settings, {"max_result_bytes": 6 * GIB}),
     (["--max-log-size", "1M"], Settings, {"max_log_bytes": 1024**2}),
+    (
+        ["--network", "user", "--repo", "http://h/a", "--repo", "http://h/debian sid main"],
+        BuildSpec,
+        {"network": "user", "repos": ("http://h/a", "http://h/debian sid main")},
+    ),
+    (["--media", "/srv/repo"], Settings, {"media": Path("/srv/repo")}),
+    ([], Settings, {"networks": ("user",), "file_hosts": ("*",)}),
 ]
 
 

@@ -27,6 +27,7 @@ import pytest
 from koji_indirection import guest
 from koji_indirection.appliance import ApplianceError
 from koji_indirection.errors import BuildFailed
+from koji_indirection.guestjob import GuestJob
 from koji_indirection.template import Command
 
 COMMANDS = [
@@ -38,16 +39,19 @@ RUN_SH = resources.files("koji_indirection").joinpath("job", "run.sh").read_text
 
 SETTINGS = (
     "STATUS_PORT=org.koji.indirection.status\nLOG_PORT=org.koji.indirection.log\n"
-    "WORKSPACE=/dev/vdc1\nSAMPLE_SECONDS=5\n"
+    "SAMPLE_SECONDS=5\nWORKSPACE=/dev/vdc1\nINPUT=/dev/vdb\nRESULTS_DIR='/my results'\n"
+    "SETUP=''\nNETWORK=''\nMEDIA_DEVICE=''\nMEDIA_SERIAL=''\nMEDIA_FS=''\n"
 )
 JOB_FILES = {
     "etc/koji-indirection/run": (0o755, RUN_SH),
     "etc/koji-indirection/settings": (0o644, SETTINGS),
+    "etc/koji-indirection/environment": (0o600, ""),
     "etc/koji-indirection/commands/0001.cmd": (0o755, "mount /dev/vdb1 /mnt\n"),
     "etc/koji-indirection/commands/0001.head": (0o644, "=== command 1 of 2: mount\n"),
     "etc/koji-indirection/commands/0002.cmd": (0o755, "#!/usr/bin/env python3\nprint('ü')\n"),
     "etc/koji-indirection/commands/0002.head": (0o644, "=== command 2 of 2: make it\n"),
 }
+JOB = GuestJob(COMMANDS, workspace="/dev/vdc1", input="/dev/vdb", results_dir="/my results")
 MASKED = [
     "NetworkManager-wait-online.service",
     "systemd-networkd-wait-online.service",
@@ -84,9 +88,7 @@ def tree(archive: bytes) -> dict[str, Any]:
 
 
 def archive(init: str, selinux_config: str | None = None) -> bytes:
-    return guest.job_archive(
-        COMMANDS, workspace_partition="/dev/vdc1", init=init, selinux_config=selinux_config
-    )
+    return guest.job_archive(JOB, init=init, selinux_config=selinux_config)
 
 
 # The archive
@@ -135,11 +137,7 @@ def test_no_name_is_absolute_or_climbs_and_all_is_below_etc(init: str) -> None:
 
 def test_a_hundred_commands_keep_their_order_under_a_glob() -> None:
     commands = [Command(f"n{number}", f"echo {number}") for number in range(1, 101)]
-    files = tree(
-        guest.job_archive(
-            commands, workspace_partition="/dev/vdb1", init="rc.local", selinux_config=None
-        )
-    )
+    files = tree(guest.job_archive(GuestJob(commands), init="rc.local", selinux_config=None))
     in_order = [files[name][1] for name in sorted(files) if name.endswith(".cmd")]
     assert in_order == [f"echo {number}\n" for number in range(1, 101)]
 
@@ -219,12 +217,7 @@ DEBIAN = {
 
 
 def inject(files: FakeGuest, tmp_path: Path) -> guest.GuestSystem:
-    return guest.inject(
-        files,  # type: ignore[arg-type]
-        COMMANDS,
-        workspace_partition="/dev/vdb1",
-        tmp_dir=tmp_path,
-    )
+    return guest.inject(files, JOB, tmp_dir=tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_systemd_guest_is_found_among_other_file_systems(tmp_path: Path) -> None:
@@ -317,11 +310,13 @@ RUN_COMMANDS = [
 class Job:
     """run.sh at work under one shell, its two ports read to their ends."""
 
-    def __init__(self, directory: Path, shell: str, commands: list[tuple[str, str]]) -> None:
+    def __init__(
+        self, directory: Path, shell: str, commands: list[tuple[str, str]], **more: Any
+    ) -> None:
         directory.mkdir()
         self.daemon, self.never = directory / "daemon", directory / "never"
-        job, ports = directory / "job", directory / "ports"
-        (job / "commands").mkdir(parents=True)
+        job_directory, ports = directory / "job", directory / "ports"
+        (job_directory / "commands").mkdir(parents=True)
         ports.mkdir()
         texts = [
             Command(
@@ -329,14 +324,14 @@ class Job:
             )
             for name, text in commands
         ]
-        members = tree(
-            guest.job_archive(texts, workspace_partition="/dev/vdz1", init="x", selinux_config=None)
-        )
+        job = GuestJob(texts, workspace="/dev/vdz1", results_dir="/my results", **more)
+        members = tree(guest.job_archive(job, init="x", selinux_config=None))
         for name, (mode, text) in ((n, m) for n, m in members.items() if "koji-indirection/" in n):
-            path = job / name.removeprefix("etc/koji-indirection/")
+            path = job_directory / name.removeprefix("etc/koji-indirection/")
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             path.chmod(mode)
-        (job / "run").write_text(self._tamed(RUN_SH, directory))
+        (job_directory / "run").write_text(self._tamed(RUN_SH, directory))
         self.status_data, self.log_data = bytearray(), bytearray()
         self._threads = []
         for port, data in (("status", self.status_data), ("log", self.log_data)):
@@ -347,7 +342,7 @@ class Job:
             self._threads.append(thread)
         self.started = time.monotonic()
         self.child = subprocess.Popen(
-            [*SHELLS[shell], str(job / "run")],
+            [*SHELLS[shell], str(job_directory / "run")],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

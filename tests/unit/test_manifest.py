@@ -29,7 +29,7 @@ from koji_indirection.manifest import (
     Timeline,
 )
 from koji_indirection.spec import BuildSpec
-from koji_indirection.watch import CommandRecord
+from koji_indirection.watch import CommandRecord, SetupRecord
 
 SCHEMA_FILE = Path(__file__).parents[2] / "docs" / "manifest.schema.json"
 SCHEMA: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
@@ -119,6 +119,10 @@ def filled() -> Manifest:
             {"phase": phase, "seconds": 1.25}
             for phase in ("vet", "prepare", "inject", "boot", "job", "shutdown", "collect")
         ],
+        setup=[
+            dataclasses.asdict(SetupRecord("network", 0, 1.5)),
+            dataclasses.asdict(SetupRecord("packages", 1, 2.5, "no repository has 'x'")),
+        ],
         commands=[
             dataclasses.asdict(CommandRecord("mount", 0, 0.5)),
             dataclasses.asdict(CommandRecord("hang")),
@@ -161,6 +165,7 @@ def test_every_field_is_in_the_schema_and_the_other_way_round() -> None:
         (KojiRecord, SCHEMA["definitions"]["koji_image"]),
         (OutputRecord, PROPERTIES["outputs"]["items"]),
         (CommandRecord, PROPERTIES["commands"]["items"]),
+        (SetupRecord, PROPERTIES["setup"]["items"]),
     ):
         assert names(kind) == list(described["properties"]) == described["required"]
 
@@ -211,6 +216,7 @@ def test_every_object_is_closed_and_every_field_described_with_its_unit() -> Non
         (("timeline", 0, "seconds"), None),
         (("timeline", 0, "phase"), "lunch"),
         (("commands", 0, "status"), 256),
+        (("setup", 0, "name"), "reboot"),
         (("outputs", 0, "name"), "../evil"),
         (("outputs", 0, "size_bytes"), 0),
     ],

@@ -60,7 +60,6 @@ def test_the_readme_example_of_indirection_cloud_is_understood() -> None:
     )
     assert found.ignored == ()
     assert found.sha256 == hashlib.sha256(text.encode()).hexdigest()
-    template.require_supported(found)
 
 
 def test_blank_space_around_a_script_goes_and_inside_it_stays() -> None:
@@ -129,10 +128,30 @@ def test_what_has_no_effect_is_listed_once() -> None:
         "{http://www.w3.org/2001/XInclude}include",
         "commands@foo",
         "text in commands",
-        "command@arch",
         "command@foo",
         "commands/comand",
     )
+    assert found.mistaken == (
+        "precommands",
+        "{http://www.w3.org/2001/XInclude}include",
+        "commands@foo",
+        "text in commands",
+        "command@foo",
+        "commands/comand",
+    )
+
+
+def test_a_command_may_be_for_one_arch() -> None:
+    found = commands(
+        "<command name='a' arch='x86_64'>a</command><command name='b' arch='arm64'>b</command>"
+        "<command name='c'>c</command>"
+    )
+    assert [command.name for command in found.commands_for("x86_64")] == ["a", "c"]
+    assert [command.name for command in found.commands_for("amd64")] == ["a", "c"]
+    assert [command.name for command in found.commands_for("aarch64")] == ["b", "c"]
+    lonely = commands("<command name='a' arch='s390x'>a</command>")
+    with pytest.raises(BuildFailed, match="no command for x86_64: each is for another arch"):
+        lonely.commands_for("x86_64")
 
 
 def test_the_list_of_what_is_ignored_stays_short() -> None:
@@ -184,6 +203,8 @@ BAD_COMMANDS = [
     ("<command name='a' position='1.0'>x</command>", "'1.0', which is not a number"),
     ("<command name='a' position=''>x</command>", "'', which is not a number"),
     ("<command name='a' position='٣'>x</command>", "which is not a number"),
+    ("<command name='a' arch=''>x</command>", "command 'a' has '' for an arch (name one"),
+    ("<command name='a' arch='x86_64,s390x'>x</command>", "'x86_64,s390x' for an arch"),
 ]
 
 
@@ -324,21 +345,21 @@ def test_repositories_packages_and_files_are_read() -> None:
     found = with_block(
         "<repositories><repository name='updates' gpg='1'><url> http://h/u </url>"
         "<signed>Yes</signed><persisted>no</persisted><sslverify>TRUE</sslverify>"
-        "<clientcert>CERT</clientcert><priority>1</priority></repository>"
+        "<priority>1</priority></repository>"
         "<repository name='plain'><url>https://h/p</url></repository></repositories>"
         "<packages><package name='lorax'><repository>updates</repository></package>"
         "<package name='@Development Tools'/></packages>"
-        "<files><file name='/etc/a' mode='0600'>\n text \n</file>"
+        "<files><file name='/etc/a' mode='0600' owner='me:us' group='us'>\n text \n</file>"
         "<file name='/etc/b' type='base64'>aGVs\nbG8K</file><file name='/etc/c' type='base64'/>"
         "<file name='/etc/d' type='url'>http://h/f</file></files>"
     )
     assert found.repositories == (
-        Repository("updates", "http://h/u", True, False, True, clientcert="CERT"),
+        Repository("updates", "http://h/u", True, False, True),
         Repository("plain", "https://h/p", signed=False, persisted=True, sslverify=False),
     )
     assert found.packages == (Package("lorax"), Package("@Development Tools"))
     assert found.files == (
-        File("/etc/a", "raw", "text"),
+        File("/etc/a", "raw", "text", 0o600, "me:us"),
         File("/etc/b", "base64", "aGVsbG8K"),
         File("/etc/c", "base64", ""),
         File("/etc/d", "url", "http://h/f"),
@@ -348,25 +369,23 @@ def test_repositories_packages_and_files_are_read() -> None:
         found.files[3].data()
     assert found.ignored == (
         "repository@gpg",
-        "repository/clientcert",
         "repository/priority",
         "package/repository",
-        "file@mode",
+        "file@group",
     )
 
 
-def test_what_cannot_be_applied_yet_is_refused_by_name() -> None:
-    found = with_block(
-        "<repositories><repository name='r'><url>http://h/</url></repository></repositories>"
-        "<packages><package name='p'/></packages><files/>"
-    )
-    with pytest.raises(
-        BuildFailed,
-        match="has <repositories> and <packages>, which this version cannot apply yet; "
-        "nothing was run",
-    ):
-        template.require_supported(found)
-    template.require_supported(with_block("<packages/><files/><repositories/>"))
+def test_repositories_need_a_network() -> None:
+    found = with_block(_url("http://h/"))
+    with pytest.raises(BuildFailed, match="has repository 'r', but the guest has no network"):
+        found.require_network(None)
+    found.require_network("user")
+    with_block("<packages><package name='p'/></packages><files/>").require_network(None)
+
+
+def test_a_repository_for_apt_may_name_suite_and_components() -> None:
+    found = with_block(_url(" http://h/debian bookworm main contrib "))
+    assert found.repositories[0].url == "http://h/debian bookworm main contrib"
 
 
 def _repository(inside: str) -> str:
@@ -384,7 +403,12 @@ BAD_BLOCKS = [
         "repository 'r' has no <url> (write",
     ),
     (_url(""), "repository 'r' has no <url>"),
-    (_url("h/path"), "repository 'r' has 'h/path' for a <url>"),
+    (_url("h/path"), "repository 'r' has 'h/path' for a URL (write http://host/path"),
+    (_url("file:///srv/repo"), "repository 'r' has 'file:///srv/repo' for a URL"),
+    (_url("http://h/debian bookworm [trusted=yes]"), "for a URL"),
+    (_url("http://h/" + "a" * 2000), "repository 'r' has an address of 2009 characters"),
+    (_repository("<clientcert>C</clientcert>"), "has a <clientcert>, which is refused"),
+    (_repository("<clientkey>K</clientkey>"), "has a <clientkey>, which is refused"),
     (_url("http://h/a&#10;gpgcheck=0"), "repository 'r' has 'http://h/a\\ngpgcheck=0' for a"),
     (_url("http://localhost/x"), "'localhost', which in the guest is the guest itself"),
     (_url("http://me:pw@127.0.0.1:80/x"), "'127.0.0.1:80', which in the guest"),
@@ -414,6 +438,12 @@ BAD_BLOCKS = [
     ),
     ("<files><file name='/a' type='url'>ftp://h/x</file></files>", "'ftp://h/x' for an address"),
     ("<files><file name='/a' type='url'/></files>", "file '/a' has '' for an address"),
+    ("<files><file name='/a' mode='rw'>x</file></files>", "'rw' for a mode, which is not octal"),
+    ("<files><file name='/a' mode='0689'>x</file></files>", "file '/a' has '0689' for a mode"),
+    ("<files><file name='/a' mode='7'>x</file></files>", "write three or four digits from 0 to 7"),
+    ("<files><file name='/a' mode='-644'>x</file></files>", "file '/a' has '-644' for a mode"),
+    ("<files><file name='/a' owner='--help'>x</file></files>", "'--help' for an owner"),
+    ("<files><file name='/a' owner='a:'>x</file></files>", "file '/a' has 'a:' for an owner"),
 ]
 
 
@@ -421,6 +451,52 @@ BAD_BLOCKS = [
 def test_a_bad_repository_package_or_file_is_named(block: str, message: str) -> None:
     run = "<commands><command name='run'>true</command></commands>"
     assert message in refused(f"<template>{run}{block}</template>")
+
+
+# --- the schema -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that objects to nothing, so that only the schema is left to."""
+
+    def pass_over(*_args: object) -> None:
+        return None
+
+    monkeypatch.setattr(template._Reader, "fail", pass_over)
+    monkeypatch.setattr(template, "_commands", lambda *_: ())
+    monkeypatch.setattr(template, "_flag", lambda *_args, **_more: True)
+    monkeypatch.setattr(template, "_file_mode", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "<commands><command>x</command></commands>",
+        "<commands><command name=' '>x</command></commands>",
+        "<commands><command name='a' position='one'>x</command></commands>",
+        "<commands><command name='a' type='url'>x</command></commands>",
+        "<commands><command name='a' arch='*'>x</command></commands>",
+        "<commands><command name='a'>x<b/></command></commands>",
+        "<files><file name='a'>x</file></files>",
+        "<files><file name='/a' mode='9'>x</file></files>",
+        "<files><file name='/a' owner='-x'>x</file></files>",
+        "<packages><package/></packages>",
+        "<repositories><repository name='r'><signed>maybe</signed></repository></repositories>",
+        "<repositories><repository name='r'><clientkey>k</clientkey></repository></repositories>",
+    ],
+)
+def test_the_schema_alone_refuses_what_the_reader_would(inside: str, blind: None) -> None:
+    message = refused(f"<template>\n\n{inside}\n</template>")
+    assert message.startswith("template live.tdl, line 3: ")
+    assert "docs/template.md" in message
+
+
+def test_the_example_templates_are_valid() -> None:
+    examples = sorted((Path(__file__).parents[2] / "examples").glob("*.tdl"))
+    assert examples
+    for path in examples:
+        assert template.load(path).ignored == ()
 
 
 # --- from a file ------------------------------------------------------------------------------

@@ -1,0 +1,79 @@
+"""What a guest's network may be, and the proxy that is handed to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from urllib.parse import urlsplit, urlunsplit
+
+from .config import Settings
+from .errors import UsageError
+from .spec import NO_NETWORK, USER_NETWORK
+
+log = logging.getLogger(__name__)
+
+# This machine, as a guest with a user-mode network sees it.
+HOST_ADDRESS = "10.0.2.2"
+
+_PROXIES = ("http_proxy", "https_proxy", "ftp_proxy")
+_OWN_HOST = re.compile(r"localhost(\.localdomain)?|127\.[0-9.]+|::1")
+
+
+def require_allowed(network: str | None, settings: Settings) -> None:
+    """Raise UsageError when a build asks for a network that this machine's settings do not allow.
+
+    A guest with a network reaches what the machine reaches; so its administrator says.
+    """
+    if network is None or network in settings.networks:
+        return
+    allowed = ", ".join(settings.networks) or NO_NETWORK
+    raise UsageError(
+        f"the build asks for network {network!r}, which the settings of this machine do not allow",
+        f"its setting networks in [guest] is: {allowed}",
+    )
+
+
+def proxy_environment(
+    network: str | None, settings: Settings, environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The proxy variables of a guest with a network, in small and in capital letters.
+
+    They may hold a password: they belong into no log, nor into a manifest.
+    """
+    if network is None:
+        return {}
+    found: dict[str, str] = {}
+    for name in _PROXIES:
+        value = settings.guest_proxy or environ.get(name) or environ.get(name.upper(), "")
+        reachable = _from_guest(value, network) if value else None
+        if reachable:
+            found[name] = reachable
+    if not found:
+        return {}
+    bypass = settings.guest_no_proxy or environ.get("no_proxy") or environ.get("NO_PROXY", "")
+    own = ["localhost", "127.0.0.1", *([HOST_ADDRESS] if network == USER_NETWORK else [])]
+    found["no_proxy"] = ",".join(dict.fromkeys([*filter(None, re.split(r"[\s,]+", bypass)), *own]))
+    log.info("the guest gets the proxy settings of this machine: %s", ", ".join(found))
+    return {**found, **{name.upper(): value for name, value in found.items()}}
+
+
+def _from_guest(proxy: str, network: str) -> str | None:
+    """The proxy's URL as a guest can use it; None when there is none."""
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    try:
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        host, port = "", None
+    if not host or not proxy.isprintable():
+        log.warning("a proxy variable of this machine is no URL: the guest does not get it")
+        return None
+    if not _OWN_HOST.fullmatch(host):
+        return proxy
+    if network != USER_NETWORK:
+        log.warning("this machine's proxy listens on loopback, where the guest cannot reach it")
+        return None
+    credentials = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
+    netloc = f"{credentials}{HOST_ADDRESS}" + (f":{port}" if port else "")
+    return urlunsplit(parts._replace(netloc=netloc))
