@@ -68,14 +68,20 @@ def input_image() -> Path:
     return _image("input", "debian-input")
 
 
-def _image(name: str, recipe: str) -> Path:
+@pytest.fixture(scope="session")
+def bare_image() -> Path:
+    """A utility image without tools or repositories."""
+    return _image("bare", "debian-utility", "--bare")
+
+
+def _image(name: str, recipe: str, *options: str) -> Path:
     """What `make images` makes; made here when it is missing, by one worker of them all."""
     image = IMAGES / f"{name}.qcow2"
     IMAGES.mkdir(parents=True, exist_ok=True)
     with (IMAGES / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not image.exists():
-            run(REPOSITORY / "examples" / recipe / "make-image", image)
+            run(REPOSITORY / "examples" / recipe / "make-image", *options, image)
     return image
 
 
