@@ -24,7 +24,7 @@ from .units import (
     HOUR_SECONDS,
     MIB,
     format_duration,
-    format_size,
+    format_exact_size,
     parse_duration,
     parse_size,
 )
@@ -227,7 +227,7 @@ def require_within_limits(spec: BuildSpec, settings: Settings) -> None:
 def _shown(name: str, value: int) -> str:
     """Exact: a value just above its limit must not look like it."""
     if name.endswith("_bytes"):
-        return format_size(value) if value % MIB == 0 else f"{value} bytes"
+        return format_exact_size(value)
     return format_duration(value) if name.endswith("_seconds") else str(value)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, NoReturn
 
-from . import accel, jobdir, output, pipeline, sources, sweep, template
+from . import accel, cache, jobdir, output, pipeline, sources, sweep, template
 from .config import Settings, load_settings, require_within_limits
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .manifest import FILE_NAME as MANIFEST
@@ -589,7 +589,7 @@ def _fetched(
         source,
         topurl=daemon.topurl,
         topdir=daemon.topdir,
-        cache=sources.Cache.of(settings),
+        cache=cache.Cache.of(settings),
         download=settings.download,
     )
 
@@ -848,7 +848,22 @@ def _fetch_and_build(
             label=f"task-{daemon.task_id}",
             origin=inputs.origin(),
         )
-        return pipeline.build(order, settings, _Phases())
+        with _as_users_know_it(
+            {input_image: inputs.input_image, utility_image: inputs.utility_image}
+        ):
+            return pipeline.build(order, settings, _Phases())
+
+
+@contextlib.contextmanager
+def _as_users_know_it(images: Mapping[Path, sources.Source]) -> Iterator[None]:
+    """Errors name an image as Koji does; its path in this builder's cache tells nobody anything."""
+    try:
+        yield
+    except IndirectionError as error:
+        for path, source in images.items():
+            error.message = error.message.replace(str(path), str(source))
+            error.hint = error.hint.replace(str(path), source.filename)
+        raise
 
 
 def _keep_evidence(daemon: Daemon, directory: Path, name: str) -> None:

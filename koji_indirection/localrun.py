@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,7 @@ def run(hub: Hub, here: Here, order: LocalOrder, *, quiet: bool, as_json: bool) 
 
 def _build(hub: Hub, here: Here, order: LocalOrder, quiet: bool) -> Manifest:
     _require_engine(order.arch)
-    from . import kojibuild, network, output, pipeline, sources
+    from . import kojibuild, network, output, pipeline
     from .display import Display, log_shown_on
 
     settings = _settings(here, order)
@@ -126,15 +126,7 @@ def _build(hub: Hub, here: Here, order: LocalOrder, quiet: bool) -> Manifest:
         log.info("template: %s, sha256 %s", inputs.template_source, inputs.template.sha256)
         display.phase("fetch")
         images = [
-            enter(
-                sources.fetch(
-                    image,
-                    topurl=hub.topurl,
-                    topdir=hub.topdir,
-                    cache=sources.Cache.of(settings),
-                    download=settings.download,
-                )
-            )
+            enter(fetched(hub, image, settings))
             for image in (inputs.input_image, inputs.utility_image)
         ]
         return pipeline.build(
@@ -236,6 +228,19 @@ def inputs_of(
         input_image=images[0],
         utility_image=images[1],
         tag_repo=repository,
+    )
+
+
+def fetched(hub: Hub, source: Source, settings: Settings) -> AbstractContextManager[Path]:
+    """The file of a source, for as long as the block lasts; see sources.fetch()."""
+    from . import cache, sources
+
+    return sources.fetch(
+        source,
+        topurl=hub.topurl,
+        topdir=hub.topdir,
+        cache=cache.Cache.of(settings),
+        download=settings.download,
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BuildFailed, IndirectionError, UsageError
-from .localrun import Here, Hub, LocalOrder, inputs_of, read_template, template_in
+from .localrun import Here, Hub, LocalOrder, fetched, inputs_of, read_template, template_in
 from .manifest import FILE_NAME as MANIFEST
 from .options import BUILD_FIELDS, REPLACES, REPLAY_GROUPS, read_command_line
 from .sources import Reference, Source, ask, resolve
@@ -363,19 +363,13 @@ def _kept_template(session: Any, task_id: int) -> bytes | None:
 def _original_template(
     hub: Hub, task: _Task, settings: Settings, directory: Path
 ) -> tuple[bytes, str]:
-    from . import kojibuild, sources
+    from . import kojibuild
 
     spec = task.spec
     if spec.template_scm is not None:
         return template_in(_scm_url(task, spec.template_scm), spec.template, directory)
     source = kojibuild.uploaded_template(hub.session, spec)
-    with sources.fetch(
-        source,
-        topurl=hub.topurl,
-        topdir=hub.topdir,
-        cache=sources.Cache.of(settings),
-        download=settings.download,
-    ) as path:
+    with fetched(hub, source, settings) as path:
         return path.read_bytes(), f"{spec.template_upload}/{spec.template}"
 
 

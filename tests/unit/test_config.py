@@ -109,7 +109,7 @@ def test_every_key_is_read_with_its_unit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"memory_bytes": 8 * GIB + 1}, "memory is 8589934593 bytes.* 8 GiB .max_memory"),
+        ({"memory_bytes": 8 * GIB + 1}, "memory is 8589934593 B, .* 8 GiB .max_memory"),
         ({"cpus": 5}, "cpus is 5, above this machine's limit of 4 .max_cpus"),
         (
             {"workspace_size_bytes": 91 * GIB},

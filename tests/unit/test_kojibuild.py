@@ -351,6 +351,13 @@ def test_the_manifest_is_told_where_everything_is_from() -> None:
     assert (origin.utility_image.role, origin.utility_image.task_id) == ("utility image", 9)
 
 
+def test_errors_name_images_as_koji_does() -> None:
+    path = Path("/var/cache/koji-indirection/images/sha256-00")
+    with pytest.raises(BuildFailed) as caught, kojibuild._as_users_know_it({path: source()}):
+        raise BuildFailed(f"input image {path} is no disk", f"try `file {path}`")
+    assert str(caught.value) == "input image in.qcow2 of in-1-1 is no disk (try `file in.qcow2`)"
+
+
 def test_a_link_in_a_checkout_does_not_lead_out(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     (checkout / "sub").mkdir(parents=True)
