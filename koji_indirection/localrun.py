@@ -29,8 +29,9 @@ from .spec import BuildSpec
 from .taskspec import TaskSpec
 
 if TYPE_CHECKING:
+    from .display import Display
     from .kojibuild import Inputs
-    from .manifest import Manifest
+    from .pipeline import Order
     from .sources import Source
 
 log = logging.getLogger(__name__)
@@ -86,15 +87,21 @@ def run(hub: Hub, here: Here, order: LocalOrder, *, quiet: bool, as_json: bool) 
 
     Raises what pipeline.build() and whatever finds the inputs raise.
     """
-    try:
-        record = _build(hub, here, order, quiet)
-    except IndirectionError as error:
-        if as_json and not (here.output / MANIFEST).exists():
-            print(json.dumps({"outcome": error.label, "reason": str(error)}), flush=True)
-        raise
-    finally:
-        if as_json and (here.output / MANIFEST).exists():
-            print((here.output / MANIFEST).read_text(encoding="utf-8"), end="", flush=True)
+    manifest = here.output / MANIFEST
+    with ExitStack() as stack:
+        try:
+            prepared = _prepare(hub, here, order, quiet, stack)
+        except IndirectionError as error:
+            if as_json:
+                print(json.dumps({"outcome": error.label, "reason": str(error)}), flush=True)
+            raise
+        try:
+            from . import pipeline
+
+            record = pipeline.build(*prepared)
+        finally:
+            if as_json and manifest.exists():
+                print(manifest.read_text(encoding="utf-8"), end="", flush=True)
     if not as_json and not quiet:
         from .command import print_summary
 
@@ -102,7 +109,10 @@ def run(hub: Hub, here: Here, order: LocalOrder, *, quiet: bool, as_json: bool) 
     return 0
 
 
-def _build(hub: Hub, here: Here, order: LocalOrder, quiet: bool) -> Manifest:
+def _prepare(
+    hub: Hub, here: Here, order: LocalOrder, quiet: bool, stack: ExitStack
+) -> tuple[Order, Settings, Display]:
+    """Find and fetch the inputs; what pipeline.build() takes, for as long as the stack holds it."""
     _require_engine(order.arch)
     from . import kojibuild, network, output, pipeline
     from .display import Display, log_shown_on
@@ -110,39 +120,31 @@ def _build(hub: Hub, here: Here, order: LocalOrder, quiet: bool) -> Manifest:
     settings = _settings(here, order)
     network.require_allowed(order.build.network, settings)
     require_within_limits(order.build, settings)
-    with ExitStack() as stack:
-        enter = stack.enter_context
-        display = enter(Display(sys.stderr, verbose=here.verbose, quiet=quiet))
-        enter(_from_info_on())
-        enter(log_shown_on(display))
-        display.phase("find")
-        inputs = order.find_inputs(settings, enter(_temporary(settings.work_dir)))
-        inputs.template.require_network(order.build.network)
-        directory = output.prepare(here.output, force=here.force)
-        logs = directory / output.LOGS
-        (logs / kojibuild.TEMPLATE_LOG).write_bytes(inputs.template_text)
-        enter(kojibuild.task_log(logs / kojibuild.TASK_LOG))
-        log.info("input image: %s; utility image: %s", inputs.input_image, inputs.utility_image)
-        log.info("template: %s, sha256 %s", inputs.template_source, inputs.template.sha256)
-        display.phase("fetch")
-        images = [
-            enter(fetched(hub, image, settings))
-            for image in (inputs.input_image, inputs.utility_image)
-        ]
-        return pipeline.build(
-            pipeline.Order(
-                spec=kojibuild.with_tag_repo(order.build, inputs, order.arch, hub.topurl),
-                template=inputs.template,
-                template_name=Path(order.spec.template).name,
-                input_image=images[0],
-                utility_image=images[1],
-                output=directory,
-                label="local",
-                origin=inputs.origin(),
-            ),
-            settings,
-            display,
-        )
+    enter = stack.enter_context
+    display = enter(Display(sys.stderr, verbose=here.verbose, quiet=quiet))
+    enter(_from_info_on())
+    enter(log_shown_on(display))
+    display.phase("find")
+    with _temporary(settings.work_dir) as directory:
+        inputs = order.find_inputs(settings, directory)
+    inputs.template.require_network(order.build.network)
+    made = output.prepare(here.output, force=here.force)
+    (made / output.LOGS / kojibuild.TEMPLATE_LOG).write_bytes(inputs.template_text)
+    enter(kojibuild.task_log(made / output.LOGS / kojibuild.TASK_LOG))
+    log.info("input image: %s; utility image: %s", inputs.input_image, inputs.utility_image)
+    log.info("template: %s, sha256 %s", inputs.template_source, inputs.template.sha256)
+    display.phase("fetch")
+    engine_order = pipeline.Order(
+        spec=kojibuild.with_tag_repo(order.build, inputs, order.arch, hub.topurl),
+        template=inputs.template,
+        template_name=Path(order.spec.template).name,
+        input_image=enter(fetched(hub, inputs.input_image, settings)),
+        utility_image=enter(fetched(hub, inputs.utility_image, settings)),
+        output=made,
+        label="local",
+        origin=inputs.origin(),
+    )
+    return engine_order, settings, display
 
 
 def _require_engine(arch: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import http.server
+import json
+import platform
 import subprocess
 import sys
 import threading
@@ -204,3 +207,25 @@ def test_a_guest_of_another_machine_is_refused(tmp_path: Path) -> None:
     here = Here(tmp_path / "out")
     with pytest.raises((UsageError, BuilderFault), match="cannot run a guest of arch s390x"):
         run(Hub(None, None, None), here, order("s390x"), quiet=True, as_json=False)
+
+
+def test_json_tells_of_this_run_and_not_of_an_earlier_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("libvirt")
+    pytest.importorskip("guestfs")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text('{"outcome": "built", "outputs": []}')
+
+    def find_inputs(*_: object) -> None:
+        raise BuildFailed("the image is gone", "name another one")
+
+    asked = dataclasses.replace(order(platform.machine()), find_inputs=find_inputs)
+    here = Here(out, force=True, work_dir=tmp_path / "work", cache_dir=tmp_path / "cache")
+    with pytest.raises(BuildFailed):
+        run(Hub(None, None, None), here, asked, quiet=True, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"outcome": "build failed", "reason": "the image is gone (name another one)"}
+    assert (out / "manifest.json").exists(), "it is replaced when a build begins, and not before"
+    assert list((tmp_path / "work").iterdir()) == []
