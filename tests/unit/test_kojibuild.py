@@ -331,7 +331,7 @@ def test_the_build_tags_repository_comes_after_those_of_the_spec() -> None:
             f"https://koji.example.com/files/repos/f44-build/77/{directory}",
         )
     assert kojibuild.build_spec(daemon, asked, "x86_64", inputs()) == asked.build
-    with pytest.raises(BuilderFault, match="this builder has no topurl"):
+    with pytest.raises(BuilderFault, match="there is no topurl here"):
         kojibuild.build_spec(DAEMON, asked, "x86_64", found)
 
 
