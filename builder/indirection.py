@@ -129,7 +129,8 @@ class IndirectionBuildTask(_Task):
             return None
         return arches[0]
 
-    def handler(self, spec):
+    def handler(self, spec, target=None, opts=None):
+        """The spec says it all; target and opts are for the hub's policies."""
         if MISSING:
             raise koji.GenericError(MISSING)
         with _told_to_koji(), kojibuild.interrupted_once():

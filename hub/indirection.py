@@ -24,10 +24,11 @@ MAX_PRIORITY = 1000
 POLICY = "indirection"
 UPLOAD_POLICY = "indirection_template_upload"
 
-# So that kojiweb shows the parameters by name, and policies can parse them.
+# So that kojiweb shows the parameters by name, and Koji's own policies find what they know by
+# these names: target, and scratch in opts. The builder reads the spec alone.
 koji.tasks.LEGACY_SIGNATURES.update(
     {
-        METHOD: [[["spec"], None, None, None]],
+        METHOD: [[["spec", "target", "opts"], None, None, (None, None)]],
         "indirectionBuildArch": [[["spec", "arch", "nvr", "pinned"], None, None, None]],
     }
 )
@@ -63,7 +64,8 @@ def indirectionBuild(spec, priority=None):
     kojihub.assert_policy(POLICY, policy_data)
     if not checked.scratch and not checked.skip_tag:
         _check_package(checked.name, target)
-    return kojihub.make_task(METHOD, [checked.to_dict()], **task_options)
+    arguments = [checked.to_dict(), target["name"], {"scratch": checked.scratch}]
+    return kojihub.make_task(METHOD, arguments, **task_options)
 
 
 @export_in("host")

@@ -164,7 +164,7 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _guestfs_module() -> Any:
+def guestfs_module() -> Any:
     try:
         import guestfs
     except ImportError as error:
@@ -181,7 +181,7 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever libguestfs's children print must not look like an answer
     try:
-        guest = _guestfs_module().GuestFS(python_return_dict=True)
+        guest = guestfs_module().GuestFS(python_return_dict=True)
     except BuilderFault as error:
         guest = None
         missing = str(error)

@@ -441,7 +441,7 @@ def find_inputs(
     target -- as check_target() gives it.
     Raises what template and sources raise, and BuildFailed where the build tag has no repository.
     """
-    tag_repo = _tag_repo(daemon.session, target) if spec.tag_repo else None
+    tag_repo = tag_repo_of(daemon.session, target) if spec.tag_repo else None
     path, source = _fetch_template(daemon, spec, spec.template_scm, settings)
     parsed = template.load(path)
     parsed.require_network(spec.build.network)
@@ -491,7 +491,7 @@ def pinned_inputs(
     )
 
 
-def _tag_repo(session: Any, target: Mapping[str, Any]) -> str:
+def tag_repo_of(session: Any, target: Mapping[str, Any]) -> str:
     """Where the build tag's latest repository is, below topurl."""
     tag = target["build_tag_name"]
     repo = session.getRepo(target["build_tag"])
@@ -505,17 +505,21 @@ def _tag_repo(session: Any, target: Mapping[str, Any]) -> str:
 
 def build_spec(daemon: Daemon, spec: TaskSpec, arch: str, inputs: Inputs) -> BuildSpec:
     """The build spec of one arch; with the build tag's repository, if it is asked for."""
-    build = spec.build_for(arch)
+    return with_tag_repo(spec.build_for(arch), inputs, arch, daemon.topurl)
+
+
+def with_tag_repo(build: BuildSpec, inputs: Inputs, arch: str, topurl: str | None) -> BuildSpec:
+    """A build spec that has the build tag's repository too, if the inputs have one."""
     if inputs.tag_repo is None:
         return build
-    if not daemon.topurl:
+    if not topurl:
         raise BuilderFault(
-            "the build tag's repository has no address: this builder has no topurl",
-            "set topurl in kojid.conf",
+            "the build tag's repository has no address: there is no topurl here",
+            "set topurl in Koji's configuration",
         )
     # As koji.pathinfo and its repositories have it: i386 also for i686.
     path = urllib.parse.quote(f"{inputs.tag_repo}/{_canonical(arch)}")
-    address = f"{daemon.topurl.rstrip('/')}/{path}"
+    address = f"{topurl.rstrip('/')}/{path}"
     return dataclasses.replace(build, repos=tuple(dict.fromkeys((*build.repos, address))))
 
 
@@ -528,8 +532,18 @@ def _fetch_template(
         scm_dir.mkdir(parents=True)
         checkout, url = daemon.checkout(scm, scm_dir)
         return file_in_checkout(checkout, spec.template), url
+    source = uploaded_template(daemon.session, spec)
+    path = daemon.work_dir / "template.tdl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _fetched(daemon, source, settings) as fetched:
+        shutil.copyfile(fetched, path)
+    return path, f"{spec.template_upload}/{spec.template}"
+
+
+def uploaded_template(session: Any, spec: TaskSpec) -> sources.Source:
+    """Where the hub has a template that was uploaded; BuildFailed if it is not there any more."""
     assert spec.template_upload is not None
-    uploaded = daemon.session.checkUpload(spec.template_upload, spec.template, verify="sha256")
+    uploaded = session.checkUpload(spec.template_upload, spec.template, verify="sha256")
     if not uploaded:
         raise BuildFailed(
             f"the template {spec.template} is not in {spec.template_upload} on the hub",
@@ -540,7 +554,7 @@ def _fetch_template(
             f"the template {spec.template} has {uploaded['size']} bytes",
             f"at most {template.MAX_BYTES} are allowed",
         )
-    source = sources.Source(
+    return sources.Source(
         reference=spec.template_upload,
         role="template",
         nvr=spec.template_upload,  # what messages call it
@@ -554,11 +568,6 @@ def _fetch_template(
         arch="noarch",
         relpath=f"work/{spec.template_upload}/{spec.template}",
     )
-    path = daemon.work_dir / "template.tdl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _fetched(daemon, source, settings) as fetched:
-        shutil.copyfile(fetched, path)
-    return path, f"{spec.template_upload}/{spec.template}"
 
 
 def file_in_checkout(checkout: Path, name: str) -> Path:

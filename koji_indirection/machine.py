@@ -62,7 +62,7 @@ class Hypervisor:
     @property
     def versions(self) -> dict[str, str]:
         """The versions of libvirt and qemu, e.g. {"libvirt": "9.0.0", "qemu": "7.2.22"}."""
-        libvirt = _libvirt_module()
+        libvirt = libvirt_module()
         try:
             # Without a cache, libvirt runs each qemu for some seconds to answer the second.
             return {
@@ -86,7 +86,7 @@ def connect(uri: str | None, *, run_dir: Path, cache_dir: Path) -> Iterator[Hype
     """
     # What libvirt's library logs belongs with the build, not on the terminal.
     os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"3:file:{run_dir}/libvirt.log")
-    libvirt = _libvirt_module()
+    libvirt = libvirt_module()
     _start_event_loop(libvirt)
     candidates = [uri] if uri else _default_uris()
     reasons = []
@@ -131,7 +131,7 @@ class Machine:
 
     def is_active(self) -> bool:
         """Whether the VM still exists; False once libvirt no longer knows it."""
-        libvirt = _libvirt_module()
+        libvirt = libvirt_module()
         try:
             return bool(self._domain.isActive())
         except libvirt.libvirtError:
@@ -139,7 +139,7 @@ class Machine:
 
     def screenshot(self, path: Path) -> bool:
         """Write the guest's screen to a PNG file; False when there is none to be had."""
-        libvirt = _libvirt_module()
+        libvirt = libvirt_module()
         picture = bytearray()
 
         def receive(_stream: Any, data: bytes, _opaque: Any) -> int:
@@ -166,7 +166,7 @@ def start(hypervisor: Hypervisor, spec: Domain) -> Iterator[Machine]:
     that not one byte of the guest's is lost. Raises BuilderFault when libvirt
     will not start it.
     """
-    libvirt = _libvirt_module()
+    libvirt = libvirt_module()
     connection = hypervisor.connection
     events: queue.SimpleQueue[str] = queue.SimpleQueue()
     flags = libvirt.VIR_DOMAIN_START_PAUSED
@@ -274,7 +274,7 @@ def _connect_socket(path: Path) -> socket.socket:
     return stream
 
 
-def _libvirt_module() -> Any:
+def libvirt_module() -> Any:
     try:
         import libvirt
     except ImportError as error:

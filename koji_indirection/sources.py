@@ -188,7 +188,7 @@ def _find_build(session: HubSession, reference: Reference, what: str) -> dict[st
     if reference.tag is None:
         key = reference.build_id if reference.nvr is None else reference.nvr
         assert key is not None
-        build = _ask(session, "getBuild", key)
+        build = ask(session, "getBuild", key)
         if not build:
             raise UsageError(f"{what}: there is no such build", _HOW_TO_REFER)
         if build["state"] != _COMPLETE:
@@ -199,7 +199,7 @@ def _find_build(session: HubSession, reference: Reference, what: str) -> dict[st
     assert package is not None
     try:
         # "image": the package may have rpm builds too, and a later one would hide the image.
-        builds = _ask(session, "getLatestBuilds", tag, package=package, type="image")
+        builds = ask(session, "getLatestBuilds", tag, package=package, type="image")
     except _HubRefused as refusal:
         raise UsageError(f"{what}: {refusal}", "check the name of the tag") from None
     if not builds:
@@ -220,7 +220,7 @@ def _resolve_build(
     what: str,
 ) -> Source:
     what = what if reference.nvr else f"{what} ({_shown(build['nvr'])})"
-    archives = _ask(session, "listArchives", buildID=build["id"], type="image")
+    archives = ask(session, "listArchives", buildID=build["id"], type="image")
     if not archives:
         raise BuildFailed(
             f"{what}: the build has no image archives", "name an image build, not one of rpms"
@@ -278,7 +278,7 @@ def _resolve_task(
 ) -> Source:
     task_id = reference.task_id
     assert task_id is not None
-    task = _ask(session, "getTaskInfo", task_id)
+    task = ask(session, "getTaskInfo", task_id)
     if not task:
         raise UsageError(f"{what}: there is no such task", _HOW_TO_REFER)
     if task["state"] != _CLOSED:
@@ -287,7 +287,7 @@ def _resolve_task(
 
     candidates: list[_Candidate] = []
     # A task of several arches leaves its images with its children; one that can fail may have.
-    children = _ask(session, "getTaskChildren", task_id)
+    children = ask(session, "getTaskChildren", task_id)
     for one in [task, *sorted(children, key=lambda child: int(child["id"]))]:
         if one["state"] == _CLOSED:
             candidates += _outputs(session, one)
@@ -304,7 +304,7 @@ def _resolve_task(
     relpath = _relpath([*work, *task_path.split("/"), filename], what)
 
     log.info("%s: the hub computes the checksum of %s", what, chosen.shown())
-    upload = _ask(session, "checkUpload", task_path, filename, verify="sha256", volume=volume)
+    upload = ask(session, "checkUpload", task_path, filename, verify="sha256", volume=volume)
     if not upload:  # the task's directory keeps links to scratch files that are gone
         raise BuildFailed(
             f"{what}: {chosen.shown()} of task {owner} was deleted or has expired", _EXPIRED_HINT
@@ -330,7 +330,7 @@ def _resolve_task(
 
 def _outputs(session: HubSession, task: dict[str, Any]) -> list[_Candidate]:
     # Not stat=True: it is an error at the hub as soon as one link dangles.
-    output = _ask(session, "listTaskOutput", task["id"], all_volumes=True)
+    output = ask(session, "listTaskOutput", task["id"], all_volumes=True)
     task_arch = None if task.get("arch") in (None, "", "noarch") else task["arch"]
     return [
         _Candidate(name, _arch_in(name) or task_arch, {"task_id": task["id"], "volume": volumes[0]})
@@ -434,7 +434,7 @@ class _HubRefused(BuilderFault):
     """The hub answered with koji.GenericError itself, which is how it says "no such thing"."""
 
 
-def _ask(session: HubSession, name: str, *args: Any, **kwargs: Any) -> Any:
+def ask(session: HubSession, name: str, *args: Any, **kwargs: Any) -> Any:
     """Call the hub; whatever it raises becomes one sentence."""
     try:
         import koji  # type: ignore[import-not-found,import-untyped,unused-ignore]

@@ -479,6 +479,14 @@ def _check_template(spec: TaskSpec) -> None:
             f"task spec: template_scm and template_upload are {both}",
             "the template comes from source control or is uploaded: give one of them",
         )
+    # Koji takes what is between ? and # for a directory in the checkout.
+    _, _, module = (spec.template_scm or "").partition("#")[0].partition("?")
+    if ".." in module.split("/"):
+        raise UsageError(
+            f"task spec: template_scm is {shown(spec.template_scm)}, "
+            "which leads out of its checkout",
+            "name a directory of the repository after the ?",
+        )
     parts = spec.template.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise UsageError(

@@ -84,8 +84,9 @@ def test_a_user_with_the_image_permission_gets_a_task_in_the_channel_image(
     assert task["parent"] is None
     assert task["owner"] == user.getLoggedInUser()["id"]
     assert user.getChannel(task["channel_id"])["name"] == "image"
-    assert len(task["request"]) == 1, "the spec is the one parameter"
-    assert TaskSpec.from_dict(task["request"][0]) == TaskSpec.from_dict(asked)
+    spec, *for_policies = task["request"]
+    assert TaskSpec.from_dict(spec) == TaskSpec.from_dict(asked)
+    assert for_policies == ["images", {"scratch": False}]
 
 
 def test_a_task_of_several_arches_is_noarch(hub: RealKoji, user: Any) -> None:
@@ -341,10 +342,16 @@ def test_the_channel_can_be_set_and_the_policies_for_channels_see_the_request(
     with hub_with(hub, plugin_conf=conf):
         task = hub.task(user.indirectionBuild(wire()))
         assert user.getChannel(task["channel_id"])["name"] == "image-kvm"
-    policy = {"channel": "method indirectionBuild :: use createrepo\nall :: use default"}
+    policy = {
+        "channel": """
+            method indirectionBuild && target images && bool scratch :: use createrepo
+            all :: use default
+        """
+    }
     with hub_with(hub, policy=policy):
-        task = hub.task(user.indirectionBuild(wire()))
-        assert user.getChannel(task["channel_id"])["name"] == "createrepo"
+        for scratch, channel in ((True, "createrepo"), (False, "default")):
+            task = hub.task(user.indirectionBuild(wire(scratch=scratch)))
+            assert user.getChannel(task["channel_id"])["name"] == channel
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_the_build_tags_repository_comes_after_those_of_the_spec() -> None:
         tag_repo=True,
         build={"network": "user", "repos": ["http://example.com/extra"]},
     )
-    place = kojibuild._tag_repo(Hub(getRepo={"id": 77}), TARGET)
+    place = kojibuild.tag_repo_of(Hub(getRepo={"id": 77}), TARGET)
     daemon = dataclasses.replace(DAEMON, topurl="https://koji.example.com/files/")
     found = inputs(tag_repo=place)
     for arch, directory in (("x86_64", "x86_64"), ("i686", "i386")):
@@ -331,13 +331,13 @@ def test_the_build_tags_repository_comes_after_those_of_the_spec() -> None:
             f"https://koji.example.com/files/repos/f44-build/77/{directory}",
         )
     assert kojibuild.build_spec(daemon, asked, "x86_64", inputs()) == asked.build
-    with pytest.raises(BuilderFault, match="this builder has no topurl"):
+    with pytest.raises(BuilderFault, match="there is no topurl here"):
         kojibuild.build_spec(DAEMON, asked, "x86_64", found)
 
 
 def test_a_build_tag_without_a_repository_is_told() -> None:
     with pytest.raises(BuildFailed, match="the build tag f44-build has no repository") as caught:
-        kojibuild._tag_repo(Hub(getRepo=None), TARGET)
+        kojibuild.tag_repo_of(Hub(getRepo=None), TARGET)
     assert caught.value.hint == "have one made with: koji regen-repo f44-build"
 
 

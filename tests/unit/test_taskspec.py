@@ -155,6 +155,10 @@ def test_the_schema_bounds_every_string_number_and_array() -> None:
         ({"template_upload": "cli-indirection/.."}, "template_upload"),
         ({"template_upload": None, "template_scm": "git://h/p"}, "URL#REF"),
         ({"template_upload": None, "template_scm": "git://h/p#--upload-pack=x"}, "URL#REF"),
+        (
+            {"template_upload": None, "template_scm": "git://h/p?a/../../etc#main"},
+            "which leads out of its checkout",
+        ),
         ({"scratch": "false"}, "scratch is 'false', which is not true or false"),
         ({"skip_tag": 1}, "skip_tag"),
         ({"accel": "xen"}, "one of auto, kvm, tcg"),
