@@ -19,7 +19,7 @@ BUILDER_PACKAGES := python3 python3-venv python3-libvirt python3-guestfs \
 EXAMPLE_PACKAGES := mmdebstrap debian-archive-keyring ca-certificates fdisk uuid-runtime \
 	grub-common grub-pc-bin busybox-static kmod cpio ovmf
 # python3-gssapi: the koji library from PyPI wants one, which cannot be compiled everywhere.
-TEST_PACKAGES := xz-utils gzip zstd git xorriso procps python3-gssapi
+TEST_PACKAGES := xz-utils gzip zstd git xorriso procps dpkg-dev python3-gssapi
 # What the hub, its database and kojid import and run; Koji itself is brought along.
 KOJI_PACKAGES := postgresql python3-psycopg2 python3-gssapi python3-rpm python3-dnf \
 	python3-libcomps python3-librepo python3-cheetah util-linux mount
@@ -54,7 +54,7 @@ lint: setup
 	$(BIN)/ruff format --check . $(SCRIPTS)
 	$(BIN)/mypy
 
-images: setup $(addprefix $(IMAGES)/,$(addsuffix .qcow2,utility input tiny $(SPECIAL_IMAGES)))
+images: setup $(addprefix $(IMAGES)/,$(addsuffix .qcow2,utility input tiny bare $(SPECIAL_IMAGES)))
 
 setup: packages $(VENV)/ready
 
@@ -79,6 +79,10 @@ $(VENV)/koji-ready: $(VENV)/ready | packages
 $(IMAGES)/utility.qcow2: examples/debian-utility/make-image $(RECIPES) | packages
 	mkdir -p $(IMAGES)
 	examples/debian-utility/make-image $@
+
+$(IMAGES)/bare.qcow2: examples/debian-utility/make-image $(RECIPES) | packages
+	mkdir -p $(IMAGES)
+	examples/debian-utility/make-image --bare $@
 
 $(IMAGES)/input.qcow2: $(wildcard examples/debian-input/*) $(RECIPES) | packages
 	mkdir -p $(IMAGES)

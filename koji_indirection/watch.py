@@ -270,7 +270,7 @@ class Watch:
             raise ValueError("out of order")
         seconds = max(0.0, min(float(report["seconds"]), 1e9))
         step.status, step.seconds = int(report["status"]) & 0xFF, seconds
-        step.reason = printable(str(report["reason"]), 500).strip()
+        step.reason = " ".join(printable(str(report["reason"]), 500).split())
         log.info("setup %s: exit status %d, %.1f s", step.name, step.status, seconds)
 
     # What ends it

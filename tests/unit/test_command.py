@@ -411,10 +411,60 @@ def test_every_option_reaches_the_build(
     assert {name: getattr(got, name) for name in fields} == fields
 
 
+def test_the_settings_file_is_read_and_options_come_before_it(
+    run_here: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from koji_indirection import doctor
+
+    seen: list[Settings] = []
+    monkeypatch.setattr(doctor, "examine", lambda settings: seen.append(settings) or [])
+    path = tmp_path / "machine.conf"
+    path.write_text(f"[indirection]\naccel = tcg\ncache_dir = {tmp_path}\n[guest]\nnetworks = b\n")
+    assert run_here("doctor", "--config", path, "--accel", "kvm").status == 0
+    assert (seen[0].accel, seen[0].cache_dir, seen[0].networks) == ("kvm", tmp_path, ("b",))
+    assert seen[0].file_hosts == ("*",)
+
+
+def test_a_settings_file_that_is_named_and_missing_is_a_usage_error(
+    run_here: Callable[..., Said], tmp_path: Path
+) -> None:
+    said = run_here("doctor", "--config", tmp_path / "none.conf")
+    assert said.status == 2
+    assert said.last_line.endswith("none.conf do not exist (check the path)")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--network", "default"],
+            "asks for network 'default', which the settings of this machine",
+        ),
+        (["--network", "br 0"], "network is 'br 0'"),
+        (["--repo", "http://h/"], "repos are given, but the guest has no network"),
+        (["--network", "user", "--repo", "file:///srv"], "repos has 'file:///srv' in it"),
+    ],
+)
+def test_a_network_or_repository_that_is_not_to_be_had_is_said_before_anything_starts(
+    words: list[str],
+    message: str,
+    run_here: Callable[..., Said],
+    template: Path,
+    image: Path,
+    tmp_path: Path,
+) -> None:
+    required = ["--template", template, "--input-image", image, "--output", tmp_path / "out"]
+    said = run_here("build", *required, *words)
+    assert said.status == 2
+    assert message in said.last_line
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_option_of_build_is_tried_above() -> None:
     shown = run("build", "--help").out
     tried = {word for words, _, _ in OPTIONS for word in words if word.startswith("--")}
     elsewhere = {"--help", "--input-image", "--utility-image", "--template", "--output", "--force"}
+    elsewhere.add("--config")
     assert set(re.findall(r"--[a-z][a-z-]+", shown)) <= tried | elsewhere | {
         "--verbose",
         "--quiet",

@@ -438,6 +438,12 @@ BAD_BLOCKS = [
     ),
     ("<files><file name='/a' type='url'>ftp://h/x</file></files>", "'ftp://h/x' for an address"),
     ("<files><file name='/a' type='url'/></files>", "file '/a' has '' for an address"),
+    (
+        "<files><file name='/a' type='url'>https://me:pw@h/x</file></files>",
+        "file '/a' has an address with a user name or password in it",
+    ),
+    (_url("http://[::1/x"), "repository 'r' has 'http://[::1/x' for a URL"),
+    (_url("http://a:b:c/"), "repository 'r' has 'http://a:b:c/' for a URL"),
     ("<files><file name='/a' mode='rw'>x</file></files>", "'rw' for a mode, which is not octal"),
     ("<files><file name='/a' mode='0689'>x</file></files>", "file '/a' has '0689' for a mode"),
     ("<files><file name='/a' mode='7'>x</file></files>", "write three or four digits from 0 to 7"),

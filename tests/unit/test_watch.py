@@ -115,6 +115,7 @@ class Watched:
             one = Watch(
                 self.machine,  # type: ignore[arg-type]
                 command_names=NAMES,
+                setup_steps=["network", "packages"],
                 deadlines=deadlines,
                 job_log=job_log,
                 console_log=console_log,
@@ -193,6 +194,51 @@ def test_a_command_that_fails_is_no_exception_but_a_status(watched: Watched) -> 
     report = watched.follow(script)
     assert report.status == 7
     assert [one.status for one in report.commands] == [7]
+
+
+def test_set_up_steps_are_reported_before_the_commands(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.report("setup-started", step="network")
+        guest.report("setup-ended", step="network", status=0, seconds=1.5, reason="")
+        guest.report("setup-started", step="packages")
+        guest.report("setup-ended", step="packages", status=1, seconds=2, reason="no\x07\n x")
+        guest.report("job-ended", status=1)
+        guest.power_off()
+
+    report = watched.follow(script)
+    assert [(one.name, one.status, one.seconds, one.reason) for one in report.setup] == [
+        ("network", 0, 1.5, ""),
+        ("packages", 1, 2.0, "no x"),
+    ]
+    assert (report.status, report.commands) == (1, [])
+
+
+def test_steps_that_nobody_asked_for_or_out_of_order_are_dropped(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        for step in ("packages", "files", 7, ["network"]):
+            guest.report("setup-started", step=step)
+        guest.report("setup-ended", step="network", status=0, seconds=1, reason="")
+        guest.report("setup-started", step="network")
+        guest.report("setup-ended", step="packages", status=0, seconds=1, reason="")
+        guest.start_command(1)
+        guest.report("setup-started", step="packages")
+        guest.report("job-ended", status=0)
+        guest.power_off()
+
+    report = watched.follow(script)
+    assert [(one.name, one.status) for one in report.setup] == [("network", None)]
+
+
+def test_the_job_deadline_names_the_step_that_ran(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.report("setup-started", step="network")
+        time.sleep(5)
+
+    error = watched.failure(script, Deadlines(boot=20, job=0.5, command=None, shutdown=20))
+    assert ", during set-up step 'network'" in error.message
 
 
 def test_output_behind_the_last_report_is_still_logged(watched: Watched) -> None:
