@@ -18,7 +18,7 @@ from lxml.builder import E
 from koji_indirection import accel
 
 if TYPE_CHECKING:
-    from realkoji.real import RealKoji
+    from harness.base import AnyKoji as RealKoji
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = REPOSITORY / ".cache/images/tiny.qcow2"
@@ -44,19 +44,19 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
-def koji(real_koji: RealKoji) -> Iterator[RealKoji]:
+def koji(any_koji: RealKoji) -> Iterator[RealKoji]:
     """The real Koji with our builder plugin, and the tiny image as the build INPUT."""
     if not TINY.exists():
         pytest.skip(f"there is no {TINY}: run make images")
-    from realkoji.real import ImageFile
+    from harness.base import ImageFile
 
     other = ImageFile(TINY, arch="i686", name="tiny.i686.qcow2")  # which runs on x86_64 as well
-    real_koji.import_image_build(INPUT, [ImageFile(TINY, name="tiny.x86_64.qcow2"), other])
-    put_rpms(real_koji)
-    with real_koji.plugins(name="indirection_tasks", hub=HUB):
-        real_koji.builder_restart(plugin_conf=builder_conf(real_koji))
-        yield real_koji
-    real_koji.builder_restart()
+    any_koji.import_image_build(INPUT, [ImageFile(TINY, name="tiny.x86_64.qcow2"), other])
+    put_rpms(any_koji)
+    with any_koji.plugins(name="indirection_tasks", hub=HUB):
+        any_koji.builder_restart(plugin_conf=builder_conf(any_koji))
+        yield any_koji
+    any_koji.builder_restart()
 
 
 def put_rpms(koji: RealKoji) -> None:
@@ -65,19 +65,18 @@ def put_rpms(koji: RealKoji) -> None:
     Content generators may not import the second kind, so it is done behind the hub's back.
     """
     koji.admin_session().createExternalRepo("elsewhere", "http://example.com/repo")
-    koji._postgresql.execute(
+    koji.sql(
         """
-        WITH rpm AS (
-            INSERT INTO rpminfo (build_id, draft, external_repo_id, name,
-                version, release, arch, payloadhash, size, buildtime)
+        INSERT INTO rpminfo (build_id, draft, external_repo_id, name,
+            version, release, arch, payloadhash, size, buildtime)
             SELECT build.id, FALSE, 0, 'bash', '5', '1', 'x86_64', 'aa', 10, 20
-                FROM build JOIN package ON package.id = pkg_id WHERE name = 'tiny'
-            UNION ALL
+            FROM build JOIN package ON package.id = pkg_id WHERE name = 'tiny';
+        INSERT INTO rpminfo (build_id, draft, external_repo_id, name,
+            version, release, arch, payloadhash, size, buildtime)
             SELECT NULL, NULL, id, 'kernel', '6', '1', 'x86_64', 'bb', 3000000000, 20
-                FROM external_repo WHERE name = 'elsewhere'
-            RETURNING id)
+            FROM external_repo WHERE name = 'elsewhere';
         INSERT INTO archive_rpm_components (archive_id, rpm_id)
-            SELECT archiveinfo.id, rpm.id FROM archiveinfo, rpm
+            SELECT archiveinfo.id, rpminfo.id FROM archiveinfo, rpminfo
             WHERE filename = 'tiny.x86_64.qcow2';
         """
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from realkoji.real import RealKoji
+    from harness.base import AnyKoji as RealKoji
 
 NOBODY_LISTENS = "--server=http://127.0.0.1:1/kojihub"
 SCM = "git://127.0.0.1/templates.git#main"
@@ -36,17 +36,17 @@ SPEC = {
 
 
 @pytest.fixture(scope="module")
-def hub(real_koji: RealKoji) -> Iterator[RealKoji]:
+def hub(any_koji: RealKoji) -> Iterator[RealKoji]:
     """Without a builder, so that a task is free until a test has done with it."""
-    real_koji.user_session("alice")
-    real_koji.builder_stop()
+    any_koji.user_session("alice")
+    any_koji.builder_stop()
     try:
-        yield real_koji
+        yield any_koji
     finally:
-        admin = real_koji.admin_session()
-        for task_id in tasks(real_koji):
+        admin = any_koji.admin_session()
+        for task_id in tasks(any_koji):
             admin.cancelTask(task_id)
-        real_koji.builder_start()
+        any_koji.builder_start()
 
 
 @pytest.fixture
@@ -347,8 +347,8 @@ def test_a_task_that_succeeds_is_told_with_its_build(hub: RealKoji, tmp_path: Pa
 def play_the_builder(hub: RealKoji, task_id: int, directory: Path) -> Any:
     """Make the task's build of one small file, and close the task."""
     import koji
+    from harness.base import HOST
     from koji.xmlrpcplus import dumps
-    from realkoji.real import HOST
 
     hub.admin_session().assignTask(task_id, HOST, force=True)
     host = hub._session(HOST)
@@ -399,7 +399,7 @@ def test_interrupting_the_watch_leaves_the_task_and_its_id(hub: RealKoji) -> Non
 
 @pytest.fixture(scope="module")
 def nvr(hub: RealKoji, tmp_path_factory: pytest.TempPathFactory) -> str:
-    from realkoji.real import DEST_TAG, ImageFile
+    from harness.base import DEST_TAG, ImageFile
 
     disk = tmp_path_factory.mktemp("disks") / "disk.qcow2"
     disk.write_bytes(b"x" * 70000)
@@ -414,7 +414,7 @@ def nvr(hub: RealKoji, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def dry_run(hub: RealKoji, *arguments: object, images: str) -> subprocess.CompletedProcess[str]:
     """As a user whom the hub does not know."""
-    from realkoji.real import DEST_TAG
+    from harness.base import DEST_TAG
 
     before = tasks(hub)
     done = run(

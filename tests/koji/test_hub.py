@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from realkoji.real import RealKoji
+    from harness.base import AnyKoji as RealKoji
 
 UPLOAD = "cli-indirection/1695124012.341.QwErTyUi"
 SCM = "git://127.0.0.1/templates.git#main"
@@ -38,13 +38,13 @@ SCRATCH: dict[str, Any] = {"scratch": True, "template_scm": None, "template_uplo
 
 
 @pytest.fixture(scope="module")
-def hub(real_koji: RealKoji) -> Iterator[RealKoji]:
+def hub(any_koji: RealKoji) -> Iterator[RealKoji]:
     """Without a builder: these tasks are nobody's, or those of a test that plays the builder."""
-    real_koji.builder_stop()
+    any_koji.builder_stop()
     try:
-        yield real_koji
+        yield any_koji
     finally:
-        real_koji.builder_start()
+        any_koji.builder_start()
 
 
 @pytest.fixture
@@ -344,7 +344,7 @@ class Host:
     """The test in the builder's place: it opens a task, and completes its build."""
 
     def __init__(self, koji: RealKoji, user: Any) -> None:
-        from realkoji.real import HOST
+        from harness.base import HOST
 
         self.koji = koji
         self.user = user
@@ -399,7 +399,7 @@ def host(hub: RealKoji, user: Any) -> Iterator[Host]:
 @pytest.fixture(scope="module")
 def images(hub: RealKoji, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Archives of a utility and an input image, by role and arch."""
-    from realkoji.real import ImageFile
+    from harness.base import ImageFile
 
     admin = hub.admin_session()
     out = {}

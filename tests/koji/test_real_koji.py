@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from realkoji.real import RealKoji
 
 HARNESS = Path(__file__).parent
+pytestmark = pytest.mark.real_koji
 
 HUB_PROBE = '''
 import koji
@@ -80,7 +81,7 @@ def test_kojid_has_checked_in_and_is_ready(real_koji: RealKoji) -> None:
 
 
 def test_our_plugins_are_loaded_where_they_exist(real_koji: RealKoji) -> None:
-    from realkoji.real import REPOSITORY
+    from harness.base import REPOSITORY
 
     methods = [method["name"] for method in real_koji.admin_session()._listapi()]
     assert ("indirectionBuild" in methods) == (REPOSITORY / "hub/indirection.py").exists()
@@ -96,7 +97,7 @@ def test_an_imported_image_build_is_complete_and_served(
     real_koji: RealKoji, tmp_path: Path
 ) -> None:
     import koji
-    from realkoji.real import DEST_TAG, ImageFile
+    from harness.base import DEST_TAG, ImageFile
 
     disk = tmp_path / "disk.qcow2"
     disk.write_bytes(os.urandom(3 * 1024 * 1024))
@@ -237,7 +238,7 @@ def test_a_stopped_builder_leaves_no_process_and_is_not_ready(probed_koji: RealK
 
 
 def test_a_broken_plugin_is_told_with_the_log(probed_koji: RealKoji) -> None:
-    from realkoji.processes import StartFailed
+    from harness.processes import StartFailed
 
     try:
         with (
@@ -332,6 +333,6 @@ def _start_another(then: str) -> Any:
 
 
 def _marked(work: str) -> list[int]:
-    from realkoji.processes import marked
+    from harness.processes import marked
 
     return marked(Path(work))
