@@ -111,6 +111,9 @@ class Parameters:
         return template.parse(data, source=f"{self.where}: utility_customizations")
 
 
+NONE = Parameters("no parameters", {})
+
+
 def load(path: Path) -> Parameters:
     """Read a JSON file of parameters.
 
