@@ -128,26 +128,7 @@ def _add_build(commands: Any) -> None:
     parser.set_defaults(run=_build)
 
     what = parser.add_argument_group("what to build")
-    what.add_argument(
-        "--input-image",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="the image that is worked on: raw or qcow2, also as .xz .gz .zst",
-    )
-    what.add_argument(
-        "--utility-image",
-        type=Path,
-        metavar="FILE",
-        help="the image that is booted, with the tools (default: the input image)",
-    )
-    what.add_argument(
-        "--template",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="partial TDL document with the commands",
-    )
+    _add_inputs(what)
     what.add_argument(
         "--output",
         type=Path,
@@ -305,6 +286,34 @@ def _add_build(commands: Any) -> None:
     )
 
 
+def _add_inputs(group: Any) -> None:
+    group.add_argument(
+        "--input-image",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the image that is worked on: raw or qcow2, also as .xz .gz .zst",
+    )
+    group.add_argument(
+        "--utility-image",
+        type=Path,
+        metavar="FILE",
+        help="the image that is booted, with the tools (default: the input image)",
+    )
+    group.add_argument(
+        "--template",
+        type=Path,
+        metavar="FILE",
+        help="partial TDL document with the commands; required, but for --parameters",
+    )
+    group.add_argument(
+        "--parameters",
+        type=Path,
+        metavar="FILE.json",
+        help="parameters of Image Factory's IndirectionCloud; options override them",
+    )
+
+
 def _add_doctor(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
@@ -456,26 +465,42 @@ def _build(options: argparse.Namespace) -> int:
 
 def _order(options: argparse.Namespace) -> tuple[Order, Settings]:
     """What the options ask for; the output directory is made last, when all else is in order."""
-    from . import imagefile, network, output, template
+    from . import output
     from .pipeline import Order
 
-    spec = BuildSpec.from_dict(_given(options, BuildSpec))
+    inputs, settings = _inputs(options)
+    return Order(**inputs, output=output.prepare(options.output, force=options.force)), settings
+
+
+def _inputs(options: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
+    """What an Order is made of, but for its output; looked at as far as that is quick."""
+    from . import imagefile, network, parameters, template
+
+    given = parameters.NONE
+    if options.parameters is not None:
+        given = parameters.load(options.parameters)
+    spec = given.build_spec(_given(options, BuildSpec))
     settings = _settings(options)
-    parsed = template.load(options.template)
+    parsed = template.load(options.template) if options.template else given.template()
+    if parsed is None:
+        raise UsageError(
+            "there is no template",
+            "name one with --template, or have utility_customizations in --parameters",
+        )
     network.require_allowed(spec.network, settings)
     parsed.require_network(spec.network)
-    if options.utility_image is not None:
-        imagefile.require_file(options.utility_image, imagefile.UTILITY_IMAGE)
+    utility_image = options.utility_image or given.utility_image()
+    if utility_image is not None:
+        imagefile.require_file(utility_image, imagefile.UTILITY_IMAGE)
     imagefile.require_file(options.input_image, imagefile.INPUT_IMAGE)
-    order = Order(
-        spec=spec,
-        template=parsed,
-        template_name=options.template.name,
-        input_image=options.input_image,
-        utility_image=options.utility_image,
-        output=output.prepare(options.output, force=options.force),
-    )
-    return order, settings
+    inputs = {
+        "spec": spec,
+        "template": parsed,
+        "template_name": (options.template or options.parameters).name,
+        "input_image": options.input_image,
+        "utility_image": utility_image,
+    }
+    return inputs, settings
 
 
 def print_summary(record: Manifest, output: Path) -> None:

@@ -503,7 +503,7 @@ def test_the_example_templates_are_valid() -> None:
     examples = sorted((Path(__file__).parents[2] / "examples").glob("*.tdl"))
     assert examples
     for path in examples:
-        assert template.load(path).ignored == ()
+        assert template.load(path).mistaken == ()
 
 
 # --- from a file ------------------------------------------------------------------------------
