@@ -19,7 +19,7 @@ BUILDER_PACKAGES := python3 python3-venv python3-libvirt python3-guestfs \
 EXAMPLE_PACKAGES := mmdebstrap debian-archive-keyring ca-certificates fdisk uuid-runtime \
 	grub-common grub-pc-bin busybox-static kmod cpio ovmf
 # python3-gssapi: the koji library from PyPI wants one, which cannot be compiled everywhere.
-TEST_PACKAGES := xz-utils gzip zstd git xorriso procps python3-gssapi
+TEST_PACKAGES := strace xz-utils gzip zstd git xorriso procps python3-gssapi
 # What the hub, its database and kojid import and run; Koji itself is brought along.
 KOJI_PACKAGES := postgresql python3-psycopg2 python3-gssapi python3-rpm python3-dnf \
 	python3-libcomps python3-librepo python3-cheetah util-linux mount
