@@ -68,6 +68,7 @@ class Settings:
     max_image_bytes -- virtual size above which an image is refused.
     max_results, max_result_bytes -- number of results, bytes of all together.
     max_log_bytes -- of each log; of a longer one head and tail are kept.
+    max_disk_bytes -- what the guest's disks may take on the host, all together.
     max_cache_bytes -- of all fetched images together.
     cache_keep_free_bytes -- what fetched images leave free on their file system.
     cache_verify -- read a fetched image again, and compare its checksum, at each use.
@@ -82,6 +83,7 @@ class Settings:
     max_results: int = 50
     max_result_bytes: int = 20 * GIB
     max_log_bytes: int = 64 * MIB
+    max_disk_bytes: int = 100 * GIB
     max_cache_bytes: int = 50 * GIB
     cache_keep_free_bytes: int = 2 * GIB
     cache_verify: bool = False
@@ -181,7 +183,7 @@ def _accel(text: str) -> str:
 
 def _proxy(text: str) -> str:
     if not text.startswith(("http://", "https://", "socks5://", "socks5h://")):
-        raise UsageError(f"{text[:80]!r} is not the URL of a proxy", "write it as http://HOST:PORT")
+        raise UsageError("that is not the URL of a proxy", "write it as http://HOST:PORT")
     return text
 
 
@@ -198,6 +200,7 @@ _SECTIONS: Mapping[str, Mapping[str, _Key]] = {
         "max_results": ("max_results", _whole_number),
         "max_result_size": ("max_result_bytes", parse_size),
         "max_log_size": ("max_log_bytes", parse_size),
+        "max_disk_size": ("max_disk_bytes", parse_size),
     },
     "cache": {
         "max_size": ("max_cache_bytes", parse_size),

@@ -375,6 +375,7 @@ OPTIONS = [
     (["--max-results", "4"], Settings, {"max_results": 4}),
     (["--max-result-size", "6G"], Settings, {"max_result_bytes": 6 * GIB}),
     (["--max-log-size", "1M"], Settings, {"max_log_bytes": 1024**2}),
+    (["--max-disk-size", "9G"], Settings, {"max_disk_bytes": 9 * GIB}),
 ]
 
 

@@ -29,6 +29,7 @@ max_image_size = 100G
 max_results = 7
 max_result_size = 2 GiB
 max_log_size = 1M
+max_disk_size = 7G
 
 [cache]
 max_size = 200G
@@ -62,6 +63,7 @@ def test_every_key_is_read_with_its_unit(tmp_path: Path) -> None:
         max_results=7,
         max_result_bytes=2 * GIB,
         max_log_bytes=MIB,
+        max_disk_bytes=7 * GIB,
         max_cache_bytes=200 * GIB,
         cache_keep_free_bytes=5 * GIB,
         cache_verify=True,
@@ -113,7 +115,7 @@ def test_a_parser_that_interpolates_is_read_as_the_file_stands() -> None:
         ("[download]\nread_timeout = 0", "read_timeout: '0' is not between 1 s and 7 d"),
         ("[download]\nread_timeout = 8d", "not between 1 s and 7 d"),
         ("[download]\nread_timeout = soon", "read_timeout: 'soon' is not a duration"),
-        ("[download]\nproxy = proxy:3128", "proxy: 'proxy:3128' is not the URL of a proxy"),
+        ("[download]\nproxy = proxy:3128", "proxy: that is not the URL of a proxy"),
         ("max_size = 1G", "is not an ini file: .*no section headers"),
         ("[cache]\nverify = 1\nverify = 0", "is not an ini file: .*already exists"),
     ],
