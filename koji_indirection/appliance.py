@@ -13,8 +13,10 @@ import ctypes
 import json
 import logging
 import os
+import re
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,8 +34,10 @@ log = logging.getLogger(__name__)
 LAUNCH_TIMEOUT_SECONDS = 180  # under TCG; the first launch on a machine builds the appliance (32 s)
 CALL_TIMEOUT_SECONDS = 300
 _SLOW_CALL_SECONDS = 0.5
+_FULL_BELOW_BYTES = 64 * 1024
 _ANSWER_BYTES = 32 * 1024 * 1024  # libguestfs's own messages end at 4 MiB
 _LISTING_BYTES = 64 * 1024
+_ADVICE = re.compile(r" (?:To see full error messages|Do: export LIBGUESTFS)")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class ApplianceError(BuilderFault):
     """A libguestfs call failed; the message is libguestfs's own."""
 
     def __init__(self, call: str, reason: str) -> None:
+        # One sentence; what libguestfs says of its variables for debugging is not for here.
+        reason = _ADVICE.split(" ".join(reason.split()))[0]
         self.reason = reason
         super().__init__(
             f"libguestfs could not {call}: {reason}",
@@ -167,6 +173,14 @@ def appliance(drives: Sequence[Drive], *, accel_kind: str, job_dir: Path) -> Ite
         yield running
         # An orderly end: what was written must reach the disk image.
         running.call("shutdown")
+    except ApplianceError as error:
+        # To what runs in the appliance a full disk of the host is an I/O error, or nothing at all.
+        if shutil.disk_usage(job_dir).free < _FULL_BELOW_BYTES:
+            raise BuilderFault(
+                f"no space left in {job_dir.parent}: {error.message}",
+                "free some, or name another directory with --work-dir",
+            ) from error
+        raise
     finally:
         _kill_group(child)
         with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in the kernel
