@@ -3,6 +3,8 @@
 # make test-koji  the tests on a real Koji: KOJI_TEST_ROOT names an unpacked one, or it is installed
 # make check   the checks that need no VM: lint and the unit tests
 # make lint    ruff and mypy
+# make fuzz    many random inputs for all that reads what others wrote: SEED=N, EXAMPLES=N
+# make soak    many builds with random faults, and what is left: BUILDS=N, JOBS=N, SEED=N
 # make clean   remove everything that make has made here
 
 PYTHON ?= /usr/bin/python3
@@ -30,7 +32,13 @@ SCRIPTS := examples/boot-iso
 
 RECIPES := $(wildcard examples/debian-utility/*)
 
-.PHONY: demo test test-koji check lint setup packages images clean
+# Of `make soak` and `make fuzz`.
+BUILDS ?= 100
+JOBS ?= 1,4
+SEED ?= $(shell date +%s)
+EXAMPLES ?= 5000
+
+.PHONY: demo test test-koji fuzz soak check lint setup packages images clean
 
 demo: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2
 	PATH="$(abspath $(BIN)):$$PATH" examples/demo $(IMAGES) $(DEMO)
@@ -42,6 +50,14 @@ test: lint images
 test-koji: PACKAGES += $(KOJI_PACKAGES)
 test-koji: setup $(VENV)/koji-ready $(IMAGES)/tiny.qcow2
 	$(BIN)/pytest tests/koji
+
+fuzz: setup
+	@echo "seed $(SEED)"
+	KOJI_INDIRECTION_FUZZ_EXAMPLES=$(EXAMPLES) \
+		$(BIN)/pytest tests/unit/test_fuzz.py --hypothesis-seed=$(SEED)
+
+soak: setup $(IMAGES)/tiny.qcow2
+	$(BIN)/python -m tests.soak --builds $(BUILDS) --jobs $(JOBS) --seed $(SEED)
 
 check: lint
 	$(BIN)/pytest tests/unit
