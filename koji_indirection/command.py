@@ -276,6 +276,15 @@ def _add_build(commands: Any) -> None:
         f" (default: {format_size(settings.max_log_bytes)})",
     )
 
+    machine.add_argument(
+        "--max-disk-size",
+        type=_size,
+        dest="max_disk_bytes",
+        metavar="SIZE",
+        help="what overlay and workspace may take together on this machine's disk"
+        f" (default: {format_size(settings.max_disk_bytes)})",
+    )
+
     shown = parser.add_argument_group("what is shown")
     shown.add_argument(
         "-v", "--verbose", action="store_true", help="show the commands' output as it comes"

@@ -86,6 +86,7 @@ class Settings:
     max_workspace_bytes -- size of the workspace disk.
     max_timeout_seconds -- of the job, and so of each command.
     max_boot_timeout_seconds, max_shutdown_timeout_seconds -- of these two.
+    max_disk_bytes -- what the guest's disks may take on the host, all together.
     max_cache_bytes -- of all fetched images together.
     cache_keep_free_bytes -- what fetched images leave free on their file system.
     cache_verify -- read a fetched image again, and compare its checksum, at each use.
@@ -113,6 +114,7 @@ class Settings:
     max_timeout_seconds: int = DAY_SECONDS
     max_boot_timeout_seconds: int = 2 * HOUR_SECONDS
     max_shutdown_timeout_seconds: int = HOUR_SECONDS
+    max_disk_bytes: int = 100 * GIB
     max_cache_bytes: int = 50 * GIB
     cache_keep_free_bytes: int = 2 * GIB
     cache_verify: bool = False
@@ -297,7 +299,7 @@ def _names(text: str, pattern: str, wanted: str) -> tuple[str, ...]:
 
 def _proxy(text: str) -> str:
     if not text.startswith(("http://", "https://", "socks5://", "socks5h://")):
-        raise UsageError(f"{text[:80]!r} is not the URL of a proxy", "write it as http://HOST:PORT")
+        raise UsageError("that is not the URL of a proxy", "write it as http://HOST:PORT")
     return text
 
 
@@ -320,6 +322,7 @@ _SECTIONS: Mapping[str, Mapping[str, _Key]] = {
         "max_timeout": ("max_timeout_seconds", _seconds),
         "max_boot_timeout": ("max_boot_timeout_seconds", _seconds),
         "max_shutdown_timeout": ("max_shutdown_timeout_seconds", _seconds),
+        "max_disk_size": ("max_disk_bytes", parse_size),
     },
     "cache": {
         "max_size": ("max_cache_bytes", parse_size),

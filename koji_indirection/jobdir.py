@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ RUN_PARENT = Path("/tmp")  # noqa: S108 - short; a random name below it
 _RUN_PREFIX = "ki-"
 _NAME = re.compile(rf"({PREFIX}|{_RUN_PREFIX})[0-9a-f]{{12}}")
 _DONE = b"done\n"
+_WATCHDOG_SECONDS = 30
 # Besides qemu's own and the appliance: what the rooms run on files of the job directory.
 _PROGRAMS = (b"mke2fs", b"debugfs", b"mkfs.xfs", b"xfs_db", b"cp")
 
@@ -61,7 +63,7 @@ def job_directory(
     path = _unused_name(work_dir, PREFIX)
     run = _unused_name(run_parent, _RUN_PREFIX)
     # Before there is anything to remove: no moment is left in which a signal leaves something.
-    watchdog = _start_watchdog(path, run, *also_removed)
+    watchdog = _Watchdog(path, run, *also_removed)
     try:
         with contextlib.ExitStack() as locks:
             _make_directory(path, "name another one with --work-dir")
@@ -74,11 +76,7 @@ def job_directory(
         kill_processes_of([path, run])
         remove(path)
         remove(run)
-        assert watchdog.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            watchdog.stdin.write(_DONE)
-            watchdog.stdin.close()
-        watchdog.wait()
+        watchdog.dismiss()
 
 
 def _unused_name(parent: Path, prefix: str) -> Path:
@@ -111,9 +109,12 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def kill_processes_of(directories: list[Path]) -> None:
-    """SIGKILL every program of a build whose command line names one of the directories."""
-    needles = [os.fsencode(directory) for directory in directories]
+def kill_processes_of(names: Sequence[Path | str]) -> None:
+    """SIGKILL every program of a build whose command line has one of the names in it.
+
+    names -- directories of the build, or the name of its VM.
+    """
+    needles = [os.fsencode(name) for name in names]
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
@@ -201,21 +202,49 @@ def _is_watched(directory: Path) -> bool:
 # --- the watchdog -----------------------------------------------------------------------------
 
 
-def _start_watchdog(*directories: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "koji_indirection.jobdir", *map(str, directories)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=python_environment(),
-        cwd="/",
-        start_new_session=True,  # a terminal's Ctrl-C and a killed process group do not reach it
-    )
+class _Watchdog:
+    """A process that waits for ours to end, and cleans up when it ends without a word.
+
+    It is nobody's child: kojid ends a task by signalling all its descendants, the deepest
+    first, and waits seconds for each that does not go.
+    """
+
+    def __init__(self, *directories: Path) -> None:
+        starter = subprocess.Popen(
+            [sys.executable, "-m", "koji_indirection.jobdir", *map(str, directories)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=python_environment(),
+            cwd="/",
+            start_new_session=True,  # no terminal's Ctrl-C or killed process group reaches it
+        )
+        assert starter.stdin is not None
+        assert starter.stdout is not None
+        self._orders, self._life = starter.stdin, starter.stdout
+        try:
+            starter.wait(_WATCHDOG_SECONDS)
+        except subprocess.TimeoutExpired:
+            starter.kill()
+            raise BuilderFault(
+                f"a Python process did not start within {_WATCHDOG_SECONDS} s",
+                "the machine has too much to do, or too little memory",
+            ) from None
+
+    def dismiss(self) -> None:
+        """There is nothing left to clean up; returns when the process has ended."""
+        with contextlib.suppress(BrokenPipeError):
+            self._orders.write(_DONE)
+            self._orders.close()
+        select.select([self._life], [], [], _WATCHDOG_SECONDS)  # its end closes this pipe
+        self._life.close()
 
 
 def _watch(directories: list[Path]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    if os.fork():
+        os._exit(0)
     if sys.stdin.buffer.read() == _DONE:
         return
     # A qemu that was being started may show up a moment later, so look more than once.

@@ -709,7 +709,7 @@ def task_log(path: Path) -> Iterator[None]:
     logger = logging.getLogger(__package__)
     handler = logging.FileHandler(path, mode="w", encoding="utf-8")
     handler.setLevel(logging.INFO)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(pipeline.LogFormatter())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

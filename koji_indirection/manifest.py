@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .errors import without_passwords
+
 MANIFEST_VERSION = 1
 FILE_NAME = "manifest.json"
 
@@ -124,7 +126,8 @@ class Manifest:
         """Write manifest.json into the output directory, whole or not at all."""
         partial = output / f".{FILE_NAME}.part"
         try:
-            partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            text = without_passwords(json.dumps(self.to_dict(), indent=2))
+            partial.write_text(text + "\n", encoding="utf-8")
             partial.replace(output / FILE_NAME)
         except OSError:
             partial.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import platform
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ from . import (
 from .appliance import Appliance, Drive
 from .config import Settings, require_within_limits
 from .domain import NAME_PREFIX, Disk, Domain, tcg_cpu_model
-from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
+from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError, without_passwords
 from .guest import GuestSystem
 from .guestjob import GuestFile, GuestJob, results_directory, spec_repositories
 from .guestlog import BoundedLog
@@ -188,7 +189,10 @@ class _Build:
             self.timeline.enter("prepare")
             self.hypervisor = stack.enter_context(
                 machine.connect(
-                    settings.connect, run_dir=self.job.run, cache_dir=settings.cache_dir
+                    settings.connect,
+                    run_dir=self.job.run,
+                    cache_dir=settings.cache_dir,
+                    disk_dir=self.job.path,
                 )
             )
             self._note_hypervisor()
@@ -426,6 +430,8 @@ class _Build:
                 deadlines=deadlines,
                 job_log=job_log,
                 console_log=console_log,
+                disks=[disk.path for disk in disks if not disk.readonly],
+                max_disk_bytes=self.settings.max_disk_bytes,
                 on_output=self.progress.guest_output,
                 on_stage=self.timeline.enter,
             )
@@ -515,7 +521,7 @@ class _Build:
         for image, future in checksums.items():
             for entry in (self.record.utility_image, self.record.input_image):
                 if entry is not None and entry.path == str(image.source):
-                    entry.sha256 = future.result()
+                    entry.sha256 = _checksum(image, future)
 
     def _changed_input(self) -> BuilderFault | None:
         """Why the results cannot be trusted: somebody wrote to an image while it was used."""
@@ -526,6 +532,18 @@ class _Build:
                     "build from a file that nobody writes to",
                 )
         return None
+
+
+def _checksum(image: ImageFile, future: Future[str]) -> str:
+    """The build took longer than reading a file does: this waits for a slow disk at most."""
+    seconds = 600 + image.source.stat().st_size / 10_000_000
+    try:
+        return future.result(seconds)
+    except FutureTimeout:
+        raise BuilderFault(
+            f"{image.source} could not be read to its end within {seconds:.0f} s",
+            "see what is wrong with the disk or the server that it is on",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -542,6 +560,16 @@ def _checksums(images: set[ImageFile]) -> Iterator[dict[ImageFile, Future[str]]]
             cancelled.set()
 
 
+class LogFormatter(logging.Formatter):
+    """Lines of a log file, in which no password of a URL stands."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_passwords(super().format(record))
+
+
 class _QuietFileHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop a line that cannot be written: the full disk itself ends the build soon after."""
@@ -552,7 +580,7 @@ def _build_log(path: Path) -> Iterator[None]:
     """Write what the library logs, debug messages included, into a file."""
     logger = logging.getLogger(__package__)
     handler = _QuietFileHandler(path, mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)

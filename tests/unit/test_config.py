@@ -37,6 +37,7 @@ max_workspace_size = 90G
 max_timeout = 6h
 max_boot_timeout = 10m
 max_shutdown_timeout = 5m
+max_disk_size = 7G
 
 [cache]
 max_size = 200G
@@ -84,6 +85,7 @@ def test_every_key_is_read_with_its_unit(tmp_path: Path) -> None:
         max_timeout_seconds=6 * 3600,
         max_boot_timeout_seconds=600,
         max_shutdown_timeout_seconds=300,
+        max_disk_bytes=7 * GIB,
         max_cache_bytes=200 * GIB,
         cache_keep_free_bytes=5 * GIB,
         cache_verify=True,
@@ -201,7 +203,7 @@ def test_a_parser_that_interpolates_is_read_as_the_file_stands() -> None:
         ("[download]\nread_timeout = 0", "read_timeout: '0' is not between 1 s and 7 d"),
         ("[download]\nread_timeout = 8d", "not between 1 s and 7 d"),
         ("[download]\nread_timeout = soon", "read_timeout: 'soon' is not a duration"),
-        ("[download]\nproxy = proxy:3128", "proxy: 'proxy:3128' is not the URL of a proxy"),
+        ("[download]\nproxy = proxy:3128", "proxy: that is not the URL of a proxy"),
         ("[guest]\nnetworks = user, br 0$", r"\[guest\] networks: '0\$' is no name"),
         ("[guest]\nfile_hosts = http://h/", "file_hosts: 'http://h/' is no name"),
         ("[guest]\nmedia = repo.iso", "media: 'repo.iso' is not an absolute path"),

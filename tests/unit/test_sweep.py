@@ -72,7 +72,7 @@ def test_one_of_build_and_watchdog_is_enough_to_live(
     if survivor == "build":
         lock = jobdir.lock(job)
     else:
-        watchdog = jobdir._start_watchdog(job)
+        watchdog = jobdir._Watchdog(job)
     try:
         sweep.main(config)
         assert job.exists()
@@ -80,7 +80,7 @@ def test_one_of_build_and_watchdog_is_enough_to_live(
         if survivor == "build":
             os.close(lock)
         else:
-            watchdog.communicate(b"done\n")
+            watchdog.dismiss()
     sweep.main(config)
     assert not job.exists()
 

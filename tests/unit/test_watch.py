@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import queue
 import socket
 import threading
@@ -98,6 +99,8 @@ class Watched:
         self.stages: list[str] = []
         self.output_bytes = 0
         self.report = JobReport()
+        self.disks: list[Path] = []
+        self.max_disk_bytes: int | None = None
 
     def follow(self, script: Callable[[Guest], None], deadlines: Deadlines = PATIENT) -> JobReport:
         def count(data: bytes) -> None:
@@ -119,6 +122,8 @@ class Watched:
                 deadlines=deadlines,
                 job_log=job_log,
                 console_log=console_log,
+                disks=self.disks,
+                max_disk_bytes=self.max_disk_bytes,
                 on_output=count,
                 on_stage=self.stages.append,
             )
@@ -461,6 +466,51 @@ def test_a_full_disk_of_the_host_is_a_builder_fault(watched: Watched) -> None:
     assert isinstance(error, BuilderFault)
     assert "no space left in the work directory" in error.message
     assert "--work-dir" in error.hint
+
+
+def test_a_libvirtd_that_goes_away_is_a_builder_fault(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.start_command(1)
+        time.sleep(0.2)
+        guest.event("lost")
+
+    error = watched.failure(script)
+    assert isinstance(error, BuilderFault)
+    assert error.message == ("libvirtd ended, or does not answer any more, during command 'mount'")
+
+
+# Limits
+
+
+def test_what_the_guests_disks_take_on_the_host_is_limited(
+    watched: Watched, tmp_path: Path
+) -> None:
+    overlay, workspace = watched.disks = [tmp_path / "overlay", tmp_path / "workspace"]
+    workspace.touch()
+    with overlay.open("wb") as file:
+        file.truncate(1024 * MIB)  # what it claims to have does not count
+    watched.max_disk_bytes = 3 * MIB
+
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.start_command(1)
+        workspace.write_bytes(b"x" * 2 * MIB)
+        time.sleep(1.5)
+        assert watched.machine.screenshots == []
+        with overlay.open("r+b") as file:
+            file.write(b"x" * 2 * MIB)
+            file.flush()
+            os.fsync(file.fileno())
+
+    error = watched.failure(script)
+    assert isinstance(error, BuildFailed)
+    assert error.message == (
+        "the guest's disks take 4 MiB of the host's, more than the limit of 3 MiB,"
+        " during command 'mount'"
+    )
+    assert error.hint == "write less, or --max-disk-size (max_disk_size on a builder) allows more"
+    assert len(watched.machine.screenshots) == 1
 
 
 # Deadlines
