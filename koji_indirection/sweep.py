@@ -141,14 +141,18 @@ def _sweep_uri(uri: str) -> list[str]:
 
 
 def sweep_domains(domains: Iterable[Any]) -> list[str]:
-    """Destroy the VMs among these (libvirt.virDomain) whose build is dead; returns their names."""
+    """Destroy the VMs among these (libvirt.virDomain) whose build is dead; returns their names.
+
+    Of tasks only: the sockets of a build on the command line may be in a /tmp that kojid, as a
+    service, does not see.
+    """
     import libvirt
 
     destroyed = []
     for domain in domains:
         with contextlib.suppress(libvirt.libvirtError):  # it ended meanwhile
             name = domain.name()
-            if name.startswith(f"{NAME_PREFIX}-"):
+            if name.startswith(f"{NAME_PREFIX}-task-"):
                 sockets = _socket_directory(domain.XMLDesc())
                 if sockets is not None and jobdir.is_dead(sockets):
                     domain.destroy()

@@ -158,6 +158,7 @@ def test_vms_of_dead_builds_are_destroyed_and_no_other(tmp_path: Path) -> None:
         "koji-indirection-task-7-0123456789ab": dead,
         "koji-indirection-task-8-0123456789ab": tmp_path / "gone",
         "koji-indirection-task-9-0123456789ab": alive,
+        "koji-indirection-local-0123456789ab": tmp_path / "not seen here",
         "somebody-elses": dead,
     }
     for name, sockets in machines.items():
