@@ -26,6 +26,7 @@ from typing import Any
 from .domain import Domain, domain_xml
 from .errors import BuilderFault
 from .jobdir import kill_processes_of
+from .spec import USER_NETWORK
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +187,16 @@ class Machine:
         return True
 
 
+_START_HINTS = {
+    None: "`koji-indirection doctor` checks libvirt, qemu and KVM",
+    USER_NETWORK: "`koji-indirection doctor` checks libvirt, qemu and KVM;"
+    " if this qemu has no user-mode network, name a libvirt network",
+}
+_NAMED_NETWORK_HINT = (
+    "the network must be active (virsh net-list), and libvirt's network driver running"
+)
+
+
 @contextlib.contextmanager
 def start(hypervisor: Hypervisor, spec: Domain) -> Iterator[Machine]:
     """Start the VM; destroy it, if it still runs, at the end.
@@ -212,9 +223,11 @@ def start(hypervisor: Hypervisor, spec: Domain) -> Iterator[Machine]:
             machine = Machine(domain, spec, events)
             _Call(domain.resume).result("let the VM run")
         except libvirt.libvirtError as error:
+            on = f" on network {spec.network!r}" if spec.network is not None else ""
             raise BuilderFault(
-                f"libvirt ({hypervisor.uri}) could not start the VM: {error.get_error_message()}",
-                "`koji-indirection doctor` checks libvirt, qemu and KVM",
+                f"libvirt ({hypervisor.uri}) could not start the VM{on}:"
+                f" {error.get_error_message()}",
+                _START_HINTS.get(spec.network, _NAMED_NETWORK_HINT),
             ) from error
         yield machine
     finally:

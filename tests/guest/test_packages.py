@@ -270,4 +270,4 @@ def test_a_named_network_that_is_not_there_is_a_fault_in_one_line(
     settings = tmp_path / "machine.conf"
     settings.write_text("[guest]\nnetworks = nowhere\n")
     built = build([("never", "true")], "--network", "nowhere", "--config", settings)
-    built.failed("nowhere", status=3)
+    built.failed("could not start the VM on network 'nowhere': ", status=3)
