@@ -38,7 +38,7 @@ RECIPES := $(wildcard examples/debian-utility/*)
 # Of `make soak` and `make fuzz`.
 BUILDS ?= 100
 JOBS ?= 1,4
-SEED ?= $(shell date +%s)
+SEED := $(or $(SEED),$(shell date +%s))
 EXAMPLES ?= 5000
 
 .PHONY: demo test test-koji fuzz soak check lint setup packages images clean
@@ -49,6 +49,7 @@ demo: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2
 test: lint images
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/guest -n 2
+	$(BIN)/python -m tests.soak --builds 6 --jobs 2
 
 test-koji: PACKAGES += $(KOJI_PACKAGES)
 test-koji: setup $(VENV)/koji-ready $(IMAGES)/tiny.qcow2

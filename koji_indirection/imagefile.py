@@ -219,6 +219,7 @@ def _unpack(source: Path, compression: str, work_dir: Path, what: str, limit_byt
 def _new_file(work_dir: Path) -> Iterator[Path]:
     """A new file that stays only if the block is left without an exception."""
     handle, name = tempfile.mkstemp(prefix="unpacked-", suffix=".img", dir=work_dir.absolute())
+    os.fchmod(handle, 0o644)  # for qemu's user; what is around it lets nobody list its name
     os.close(handle)
     path = Path(name)
     try:

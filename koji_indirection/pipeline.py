@@ -430,7 +430,8 @@ class _Build:
                 deadlines=deadlines,
                 job_log=job_log,
                 console_log=console_log,
-                disks=[disk.path for disk in disks if not disk.readonly],
+                # And the sockets' directory: the embedded driver keeps qemu's log there.
+                disks=[self.job.run, *(disk.path for disk in disks if not disk.readonly)],
                 max_disk_bytes=self.settings.max_disk_bytes,
                 on_output=self.progress.guest_output,
                 on_stage=self.timeline.enter,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import queue
 import re
 import selectors
@@ -107,8 +108,8 @@ class JobReport:
 class Watch:
     """One pass over one VM; follow() is the whole of it.
 
-    disks, max_disk_bytes -- the files that the guest's writes go to, and how many bytes
-        they may take on the host together.
+    disks, max_disk_bytes -- the files that the guest's writes go to, directories with all
+        in them too, and how many bytes they may take on the host together.
     """
 
     def __init__(
@@ -388,7 +389,7 @@ class Watch:
         if self._max_disk_bytes is None or now - self._disks_measured < _DISK_LOOK_SECONDS:
             return
         self._disks_measured = now
-        allocated_bytes = sum(path.stat().st_blocks * 512 for path in self._disks)
+        allocated_bytes = sum(map(_allocated_bytes, self._disks))
         if allocated_bytes > self._max_disk_bytes:
             raise BuildFailed(
                 f"the guest's disks take {format_size(allocated_bytes)} of the host's, more than"
@@ -411,6 +412,17 @@ class Watch:
         if not lines:
             return "(the guest's console stayed silent)"
         return "\n".join(["the guest's last console lines:", *(f"  {line}" for line in lines)])
+
+
+def _allocated_bytes(path: Path) -> int:
+    total = 0
+    for directory, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # libvirt's own files come and go
+                total += Path(directory, name).lstat().st_blocks * 512
+    if path.is_file():
+        total += path.stat().st_blocks * 512
+    return total
 
 
 def _receive(stream: socket.socket) -> bytes:

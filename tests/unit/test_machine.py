@@ -12,9 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lxml import etree
 
 from koji_indirection import machine
-from koji_indirection.domain import Disk, Domain
+from koji_indirection.domain import Disk, Domain, domain_xml
 from koji_indirection.errors import BuilderFault
 from koji_indirection.machine import Hypervisor
 
@@ -68,6 +69,22 @@ def test_whoever_is_not_root_has_only_one_user_to_run_qemu_as(
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert machine._qemu_account([open_directory]) is None
+
+
+def test_labels_of_selinux_and_apparmor_are_left_to_libvirt(tmp_path: Path) -> None:
+    """Only the owner of what is the user's own stays; nothing turns confinement off."""
+    disks = [
+        Disk("vda", "utility", tmp_path / "o", "qcow2", backing=(tmp_path / "u", "raw")),
+        Disk("vdb", "input", tmp_path / "i", "qcow2", readonly=True),
+    ]
+    xml = domain_xml(Domain("x", "tcg", 2**28, 1, "qemu64", disks, tmp_path))
+    labels = list(etree.fromstring(xml).iter("seclabel"))
+    assert len(labels) == 2
+    for label in labels:
+        assert dict(label.attrib) == {"model": "dac", "relabel": "no"}
+        parent = label.getparent()
+        assert parent is not None
+        assert parent.tag == "source"
 
 
 # Calls that do not come back

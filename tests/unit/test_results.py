@@ -348,7 +348,24 @@ def test_links_in_a_circle_end(build: Build) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["two\nlines", "-rf", ".hidden", "sp ace", "ünïcode.iso", "a;b", "x" * 201, "back\\slash"],
+    [
+        "two\nlines",
+        "-rf",
+        ".hidden",
+        "sp ace",
+        "ünïcode.iso",
+        "a;b",
+        "x" * 201,
+        "back\\slash",
+        "..x",
+        "\u202eosi.toob",
+        "boot\u200b.iso",
+        "ｂoot.iso",
+        "boot.iso ",
+        "~",
+        "$(id)",
+        "\x1b[2J",
+    ],
 )
 def test_an_odd_name_is_refused(build: Build, name: str) -> None:
     (build.images / name).write_text("x")

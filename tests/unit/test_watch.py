@@ -486,8 +486,9 @@ def test_a_libvirtd_that_goes_away_is_a_builder_fault(watched: Watched) -> None:
 def test_what_the_guests_disks_take_on_the_host_is_limited(
     watched: Watched, tmp_path: Path
 ) -> None:
-    overlay, workspace = watched.disks = [tmp_path / "overlay", tmp_path / "workspace"]
-    workspace.touch()
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    overlay, workspace = tmp_path / "overlay", tmp_path / "deep" / "er" / "workspace"
+    watched.disks = [overlay, tmp_path / "deep", tmp_path / "gone"]
     with overlay.open("wb") as file:
         file.truncate(1024 * MIB)  # what it claims to have does not count
     watched.max_disk_bytes = 3 * MIB
@@ -553,6 +554,21 @@ def test_a_command_deadline_counts_each_command_anew(watched: Watched) -> None:
     assert error.message == "command 'make the image' did not end within 1 s"
     assert error.hint == "--command-timeout allows more time"
     assert watched.report.commands[0].status == 0
+
+
+def test_a_job_that_says_nothing_at_all_is_given_up(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a sample, which a guest that lives sends every five seconds."""
+    monkeypatch.setattr(watch, "_SILENCE_OF_A_JOB_SECONDS", 0.6)
+
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.start_command(1)
+
+    error = watched.failure(script)
+    assert isinstance(error, BuildFailed)
+    assert error.message == ("the guest has said nothing at all for 1 s, during command 'mount'")
 
 
 # Reports that make no sense
