@@ -1,6 +1,7 @@
 # make demo    all set-up, demo images, one build, and proof that its boot.iso boots
 # make test    all set-up, lint, and every test
-# make test-koji  the tests on a real Koji: KOJI_TEST_ROOT names an unpacked one, or it is installed
+# make test-koji  those of Koji, on a real one too: KOJI_TEST_ROOT names an unpacked one, or it is
+#              installed; make test has a stand-in for it
 # make check   the checks that need no VM: lint and the unit tests
 # make lint    ruff and mypy
 # make fuzz    many random inputs for all that reads what others wrote: SEED=N, EXAMPLES=N
@@ -49,10 +50,11 @@ demo: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2
 test: lint images
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/guest -n 2
+	$(BIN)/pytest tests/koji -m 'not real_koji'
 	$(BIN)/python -m tests.soak --builds 6 --jobs 2
 
 test-koji: PACKAGES += $(KOJI_PACKAGES)
-test-koji: setup $(VENV)/koji-ready $(IMAGES)/tiny.qcow2
+test-koji: setup $(VENV)/koji-ready images
 	$(BIN)/pytest tests/koji
 
 fuzz: setup

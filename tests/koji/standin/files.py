@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,6 +132,20 @@ class FileCalls:
                     length += len(block)
             answer.update(sumlength=length, hexdigest=checksum.hexdigest())
         return answer
+
+    def uploadFile(
+        self, path: str, name: str, size: Any, md5sum: Any, offset: Any, data: str, **unused: Any
+    ) -> bool:
+        """One piece, as clients upload that do not stream; False if it has come damaged."""
+        content = base64.b64decode(data)
+        kind, digest = ("md5", md5sum) if isinstance(md5sum, str) else md5sum
+        checksum = _checksum(kind)
+        checksum.update(content)
+        if checksum.hexdigest() != digest or int(size) != len(content):
+            return False
+        query = {"filename": name, "filepath": path, "offset": offset, "overwrite": "1"}
+        upload(query, io.BytesIO(content), len(content))
+        return True
 
     def listTaskOutput(
         self, taskID: int, stat: bool = False, all_volumes: bool = False, strict: bool = False

@@ -161,8 +161,11 @@ class SessionCalls:
         session = context.session
         if not session.logged_in:
             raise koji.AuthError("Not logged in")
-        if session_id is not None:
-            session.assertPerm("admin")
+        own = context.db.values(
+            "SELECT id FROM sessions WHERE user_id = %(user)s", user=session.user_id
+        )
+        if session_id is not None and session_id not in own and not session.hasPerm("admin"):
+            raise koji.ActionNotAllowed("only admins or owner may logout other session")
         context.db.rows(
             "UPDATE sessions SET closed = TRUE, exclusive = FALSE"
             " WHERE id = %(id)s OR master = %(id)s",
@@ -192,10 +195,9 @@ class SessionCalls:
         if owner is not None:
             if not force:
                 raise koji.AuthLockError("Cannot get exclusive session")
+            # Its subsessions stay, and are told that they are locked out.
             db.rows(
-                "UPDATE sessions SET closed = TRUE, exclusive = FALSE"
-                " WHERE id = %(id)s OR master = %(id)s",
-                id=owner,
+                "UPDATE sessions SET closed = TRUE, exclusive = FALSE WHERE id = %(id)s", id=owner
             )
         db.rows("UPDATE sessions SET exclusive = TRUE WHERE id = %(id)s", id=session.id)
 
