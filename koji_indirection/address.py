@@ -12,6 +12,7 @@ MAX_ADDRESS_LENGTH = 2000
 _ADDRESS = re.compile(r"(?i)https?://([^/?#\s]+)([/?#]\S*)?")
 # Debian's SUITE and COMPONENTs may follow: "http://host/debian bookworm main".
 _WORD = re.compile(r"[A-Za-z0-9.$][A-Za-z0-9.$_/+~-]*")
+_HOST = re.compile(r"([a-z0-9_.$-]+|\[[0-9a-f:.]+\])(:[0-9]*)?")
 _OWN_HOST = re.compile(r"(localhost(\.localdomain)?|127\.[0-9.]+|\[::1\])(:[0-9]*)?")
 
 
@@ -32,6 +33,8 @@ def repository_problem(address: str) -> tuple[str, str] | None:
     if not match or unsafe or not all(_WORD.fullmatch(word) for word in words):
         return f"has {quoted} for a URL", hint
     host = match.group(1).rpartition("@")[2].lower()
+    if not _HOST.fullmatch(host):
+        return f"has {quoted} for a URL", hint
     if _OWN_HOST.fullmatch(host):
         return (
             f"is at {host[:60]!r}, which in the guest is the guest itself",

@@ -36,7 +36,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status.
+    """Run one command; returns its exit status, see exit_status_of()."""
+
+    def run() -> int:
+        options = _parser().parse_args(argv)
+        status: int = options.run(options)
+        return status
+
+    return exit_status_of(run)
+
+
+def exit_status_of(run: Callable[[], int]) -> int:
+    """Run what builds on this machine, with our own signals and words; returns an exit status.
 
     0 done, 1 BuildFailed, 2 usage, 3 BuilderFault, 130 interrupted. The last
     line on standard error is the reason and a hint.
@@ -45,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
-        options = _parser().parse_args(argv)
-        status: int = options.run(options)
+        status = run()
         sys.stdout.flush()
         return status
     except IndirectionError as error:
@@ -118,26 +128,7 @@ def _add_build(commands: Any) -> None:
     parser.set_defaults(run=_build)
 
     what = parser.add_argument_group("what to build")
-    what.add_argument(
-        "--input-image",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="the image that is worked on: raw or qcow2, also as .xz .gz .zst",
-    )
-    what.add_argument(
-        "--utility-image",
-        type=Path,
-        metavar="FILE",
-        help="the image that is booted, with the tools (default: the input image)",
-    )
-    what.add_argument(
-        "--template",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="partial TDL document with the commands",
-    )
+    _add_inputs(what)
     what.add_argument(
         "--output",
         type=Path,
@@ -266,7 +257,7 @@ def _add_build(commands: Any) -> None:
         type=_duration,
         dest="job_timeout_seconds",
         metavar="TIME",
-        help=f"all commands together (default: {spec.job_timeout_seconds // 3600}h)",
+        help=f"set-up steps and commands together (default: {spec.job_timeout_seconds // 3600}h)",
     )
     times.add_argument(
         "--command-timeout",
@@ -308,6 +299,15 @@ def _add_build(commands: Any) -> None:
         f" (default: {format_size(settings.max_log_bytes)})",
     )
 
+    machine.add_argument(
+        "--max-disk-size",
+        type=_size,
+        dest="max_disk_bytes",
+        metavar="SIZE",
+        help="what overlay and workspace may take together on this machine's disk"
+        f" (default: {format_size(settings.max_disk_bytes)})",
+    )
+
     shown = parser.add_argument_group("what is shown")
     shown.add_argument(
         "-v", "--verbose", action="store_true", help="show the commands' output as it comes"
@@ -315,6 +315,34 @@ def _add_build(commands: Any) -> None:
     shown.add_argument("-q", "--quiet", action="store_true", help="show errors only")
     shown.add_argument(
         "--json", action="store_true", help="print the manifest to standard output, as JSON"
+    )
+
+
+def _add_inputs(group: Any) -> None:
+    group.add_argument(
+        "--input-image",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the image that is worked on: raw or qcow2, also as .xz .gz .zst",
+    )
+    group.add_argument(
+        "--utility-image",
+        type=Path,
+        metavar="FILE",
+        help="the image that is booted, with the tools (default: the input image)",
+    )
+    group.add_argument(
+        "--template",
+        type=Path,
+        metavar="FILE",
+        help="partial TDL document with the commands; required, but for --parameters",
+    )
+    group.add_argument(
+        "--parameters",
+        type=Path,
+        metavar="FILE.json",
+        help="parameters of Image Factory's IndirectionCloud; options override them",
     )
 
 
@@ -418,18 +446,19 @@ def _whole_number(text: str) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    """What the settings file says, and over it the options.
+    return replace(local_settings(options.config), **_given(options, Settings))
+
+
+def local_settings(file: Path | None) -> Settings:
+    """What a settings file says, or SETTINGS_FILE where there is one; UsageError.
 
     Whoever builds on a machine of their own may use its user-mode network and
     fetch from where they like, unless the file says otherwise.
     """
-    if options.config is not None and not options.config.exists():
-        raise UsageError(f"settings {options.config} do not exist", "check the path")
-    settings = load_settings(
-        [options.config or SETTINGS_FILE],
-        defaults=Settings(networks=(USER_NETWORK,), file_hosts=("*",)),
-    )
-    return replace(settings, **_given(options, Settings))
+    if file is not None and not file.exists():
+        raise UsageError(f"settings {file} do not exist", "check the path")
+    defaults = Settings(networks=(USER_NETWORK,), file_hosts=("*",))
+    return load_settings([file or SETTINGS_FILE], defaults=defaults)
 
 
 def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
@@ -462,38 +491,55 @@ def _build(options: argparse.Namespace) -> int:
         if options.json and manifest.exists():
             print(manifest.read_text(encoding="utf-8"), end="", flush=True)
     if not options.json and not options.quiet:
-        _print_summary(record, order.output)
+        print_summary(record, order.output)
     return 0
 
 
 def _order(options: argparse.Namespace) -> tuple[Order, Settings]:
     """What the options ask for; the output directory is made last, when all else is in order."""
-    from . import arches, imagefile, network, output, template
+    from . import output
     from .pipeline import Order
 
-    spec = BuildSpec.from_dict(_given(options, BuildSpec))
+    inputs, settings = _inputs(options)
+    return Order(**inputs, output=output.prepare(options.output, force=options.force)), settings
+
+
+def _inputs(options: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
+    """What an Order is made of, but for its output; looked at as far as that is quick."""
+    from . import arches, imagefile, network, parameters, template
+
+    given = parameters.NONE
+    if options.parameters is not None:
+        given = parameters.load(options.parameters)
+    spec = given.build_spec(_given(options, BuildSpec))
     settings = _settings(options)
     if options.arch is not None:
         arches.named(options.arch)
-    parsed = template.load(options.template)
+    parsed = template.load(options.template) if options.template else given.template()
+    if parsed is None:
+        raise UsageError(
+            "there is no template",
+            "name one with --template, or have utility_customizations in --parameters",
+        )
     network.require_allowed(spec.network, settings)
     parsed.require_network(spec.network)
-    if options.utility_image is not None:
-        imagefile.require_file(options.utility_image, imagefile.UTILITY_IMAGE)
+    utility_image = options.utility_image or given.utility_image()
+    if utility_image is not None:
+        imagefile.require_file(utility_image, imagefile.UTILITY_IMAGE)
     imagefile.require_file(options.input_image, imagefile.INPUT_IMAGE)
-    order = Order(
-        spec=spec,
-        template=parsed,
-        template_name=options.template.name,
-        input_image=options.input_image,
-        utility_image=options.utility_image,
-        arch=options.arch,
-        output=output.prepare(options.output, force=options.force),
-    )
-    return order, settings
+    inputs = {
+        "spec": spec,
+        "template": parsed,
+        "template_name": (options.template or options.parameters).name,
+        "input_image": options.input_image,
+        "utility_image": utility_image,
+        "arch": options.arch,
+    }
+    return inputs, settings
 
 
-def _print_summary(record: Manifest, output: Path) -> None:
+def print_summary(record: Manifest, output: Path) -> None:
+    """What a build has left in its output directory, and where its time went."""
     print()
     for one in record.outputs:
         print(f"result    {output / one.name}")

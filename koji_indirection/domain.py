@@ -24,6 +24,8 @@ _RHEL_LIKE = ("rhel", "centos", "almalinux", "rocky", "ol", "eurolinux", "circle
 
 # How libvirt, and the guest, begin the names of disks on a bus.
 _BUS_PREFIX = {"virtio": "vd", "sata": "sd", "ide": "hd"}
+# Of every VM's name: what an administrator, and sweep.py, know ours by.
+NAME_PREFIX = "koji-indirection"
 
 
 @dataclass(frozen=True)

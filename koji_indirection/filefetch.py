@@ -57,7 +57,10 @@ class Fetcher:
             raise
         except urllib.error.HTTPError as error:
             error.close()
-            raise _unreachable(what, shown, f"HTTP status {error.code}") from None
+            reason = f"HTTP status {error.code}"
+            if 300 <= error.code < 400:
+                reason += ", a redirection that is not followed"
+            raise _unreachable(what, shown, reason) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             if isinstance(error, OSError) and error.filename == str(target):
                 raise
@@ -118,9 +121,13 @@ class Fetcher:
         return opener
 
     def _require_allowed(self, what: str, url: str) -> None:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").lower().rstrip(".")
-        if parts.scheme.lower() not in ("http", "https") or not host:
+        try:
+            parts = urlsplit(url)
+            host = (parts.hostname or "").lower().rstrip(".")
+            scheme = parts.scheme.lower()
+        except ValueError:  # half an IPv6 address
+            host = scheme = ""
+        if scheme not in ("http", "https") or not host:
             raise BuildFailed(
                 f"{what} is at {_shown(url)}, and only http and https are fetched",
                 "give an http or https address",
@@ -136,6 +143,16 @@ class Fetcher:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     def __init__(self, fetcher: Fetcher, what: str, most: int) -> None:
         self._fetcher, self._what, self._most, self._followed = fetcher, what, most, 0
+
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        """As urllib does it, and with nothing left open where it is refused."""
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except (IndirectionError, ValueError):
+            fp.close()
+            raise
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
@@ -162,5 +179,8 @@ def _unreachable(what: str, shown: str, reason: str) -> BuildFailed:
 
 def _shown(url: str) -> str:
     """The address without credentials and query, which may be secret."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "an address that is none"
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"[:200]

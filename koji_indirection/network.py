@@ -61,11 +61,11 @@ def proxy_environment(
 
 def _from_guest(proxy: str, network: str) -> str | None:
     """The proxy's URL as a guest can use it; None when there is none."""
-    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     try:
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         host, port = parts.hostname or "", parts.port
-    except ValueError:
-        host, port = "", None
+    except ValueError:  # a port that is no number, half an IPv6 address
+        host = ""
     if not host or not proxy.isprintable():
         log.warning("a proxy variable of this machine is no URL: the guest does not get it")
         return None

@@ -17,8 +17,9 @@ import platform
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Protocol
@@ -41,15 +42,15 @@ from . import (
     workspace,
 )
 from .appliance import Appliance, Drive
-from .config import Settings
-from .domain import Disk, Domain, disk_bus, serial_reports, tcg_cpu_model
-from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
+from .config import Settings, require_within_limits
+from .domain import NAME_PREFIX, Disk, Domain, disk_bus, serial_reports, tcg_cpu_model
+from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError, without_passwords
 from .guest import GuestSystem
 from .guestjob import GuestFile, GuestJob, results_directory, spec_repositories
 from .guestlog import BoundedLog
 from .imagefile import ImageFile
 from .jobdir import job_directory
-from .manifest import ImageRecord, Manifest, OutputRecord, Timeline
+from .manifest import ImageRecord, KojiRecord, Manifest, Origin, OutputRecord, Timeline
 from .output import LOGS
 from .spec import BuildSpec
 from .template import Template
@@ -85,6 +86,8 @@ class Order:
     utility_image -- None: the input image is its own utility.
     arch -- what the guest is of; None: this machine's. Another one is emulated.
     output -- an existing directory, as output.prepare() makes it.
+    label -- part of the VM's name, e.g. "task-123"; may be empty.
+    origin -- where template and images come from, for the manifest.
     """
 
     spec: BuildSpec
@@ -94,6 +97,8 @@ class Order:
     utility_image: Path | None
     output: Path
     arch: str | None = None
+    label: str = ""
+    origin: Origin = field(default_factory=Origin)
 
 
 def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
@@ -108,6 +113,7 @@ def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
         template={
             "name": order.template_name,
             "sha256": order.template.sha256,
+            "source": order.origin.template,
             "ignored": list(order.template.ignored),
         },
         timeline=timeline.phases,
@@ -176,6 +182,7 @@ class _Build:
         settings = self.settings
         with ExitStack() as stack:
             self.timeline.enter("vet")
+            require_within_limits(self.spec, settings)
             self._check_order()
             self.job = stack.enter_context(
                 job_directory(settings.work_dir, also_removed=[self.order.output / results.PARTIAL])
@@ -188,7 +195,10 @@ class _Build:
             self.timeline.enter("prepare")
             self.hypervisor = stack.enter_context(
                 machine.connect(
-                    settings.connect, run_dir=self.job.run, cache_dir=settings.cache_dir
+                    settings.connect,
+                    run_dir=self.job.run,
+                    cache_dir=settings.cache_dir,
+                    disk_dir=self.job.path,
                 )
             )
             self._note_hypervisor()
@@ -285,8 +295,9 @@ class _Build:
         else:
             assert utility is not None
             input_image = vetted(self.order.input_image, imagefile.INPUT_IMAGE)
-        self.record.utility_image = _image_record(utility)
-        self.record.input_image = _image_record(input_image)
+        origin = self.order.origin
+        self.record.utility_image = _image_record(utility, origin.utility_image)
+        self.record.input_image = _image_record(input_image, origin.input_image)
         return utility, input_image
 
     def _note_hypervisor(self) -> None:
@@ -408,10 +419,10 @@ class _Build:
         """The utility VM as far as the utility image decides it: without disks."""
         spec, arch, kind = self.spec, self.arch, self.accel.kind
         without = Domain(
-            name=f"koji-indirection-{uuid.uuid4().hex[:12]}",
+            name="-".join(filter(None, (NAME_PREFIX, self.order.label, uuid.uuid4().hex[:12]))),
             accel_kind=kind,
             memory_bytes=spec.memory_bytes,
-            cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX),
+            cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX, self.settings.max_cpus),
             cpu_model=tcg_cpu_model(system.os_id, system.version_id, arch),
             disks=(),
             socket_dir=self.job.run,
@@ -481,6 +492,9 @@ class _Build:
                 deadlines=deadlines,
                 job_log=job_log,
                 console_log=console_log,
+                # And the sockets' directory: the embedded driver keeps qemu's log there.
+                disks=[self.job.run, *(disk.path for disk in disks if not disk.readonly)],
+                max_disk_bytes=self.settings.max_disk_bytes,
                 on_output=self.progress.guest_output,
                 on_stage=self.timeline.enter,
             )
@@ -570,7 +584,7 @@ class _Build:
         for image, future in checksums.items():
             for entry in (self.record.utility_image, self.record.input_image):
                 if entry is not None and entry.path == str(image.source):
-                    entry.sha256 = future.result()
+                    entry.sha256 = _checksum(image, future)
 
     def _changed_input(self) -> BuilderFault | None:
         """Why the results cannot be trusted: somebody wrote to an image while it was used."""
@@ -581,6 +595,18 @@ class _Build:
                     "build from a file that nobody writes to",
                 )
         return None
+
+
+def _checksum(image: ImageFile, future: Future[str]) -> str:
+    """The build took longer than reading a file does: this waits for a slow disk at most."""
+    seconds = 600 + image.source.stat().st_size / 10_000_000
+    try:
+        return future.result(seconds)
+    except FutureTimeout:
+        raise BuilderFault(
+            f"{image.source} could not be read to its end within {seconds:.0f} s",
+            "see what is wrong with the disk or the server that it is on",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -597,6 +623,16 @@ def _checksums(images: set[ImageFile]) -> Iterator[dict[ImageFile, Future[str]]]
             cancelled.set()
 
 
+class LogFormatter(logging.Formatter):
+    """Lines of a log file, in which no password of a URL stands."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_passwords(super().format(record))
+
+
 class _QuietFileHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop a line that cannot be written: the full disk itself ends the build soon after."""
@@ -607,7 +643,7 @@ def _build_log(path: Path) -> Iterator[None]:
     """Write what the library logs, debug messages included, into a file."""
     logger = logging.getLogger(__package__)
     handler = _QuietFileHandler(path, mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
@@ -650,12 +686,13 @@ def _everybody_reads(path: Path) -> bool:
     )
 
 
-def _image_record(image: ImageFile) -> ImageRecord:
+def _image_record(image: ImageFile, koji: KojiRecord | None) -> ImageRecord:
     return ImageRecord(
         path=str(image.source),
         format=image.format,
         size_bytes=image.source.stat().st_size,
         virtual_size_bytes=image.virtual_size_bytes,
+        koji=koji,
     )
 
 

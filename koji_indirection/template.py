@@ -22,7 +22,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from koji_indirection.address import repository_problem
+from koji_indirection.address import has_credentials, repository_problem
 from koji_indirection.errors import BuilderFault, BuildFailed, UsageError
 
 if TYPE_CHECKING:
@@ -564,6 +564,13 @@ def _repository_url(reader: _Reader, element: _Element, name: str, url: str) -> 
     problem = repository_problem(url)
     if problem is not None:
         reader.fail(element, f"{what} {problem[0]}", problem[1])
+    if has_credentials(url):
+        reader.fail(
+            element,
+            f"{what} has an address with a user name or password in it: "
+            "a template is kept, and everybody can read it",
+            "use a repository that needs none",
+        )
     return url
 
 
@@ -677,6 +684,13 @@ def _file_owner(reader: _Reader, element: _Element, what: str) -> str | None:
 def _check_file_url(reader: _Reader, element: _Element, what: str, url: str) -> None:
     """http and https only: Oz reads `file://` from the builder's own disk."""
     if re.fullmatch(r"https?://[^\s/]\S*", url, re.IGNORECASE) and url.isprintable():
+        if has_credentials(url):
+            reader.fail(
+                element,
+                f"{what} has an address with a user name or password in it: "
+                "a template is kept, and everybody can read it",
+                "give an address that needs none",
+            )
         return
     hint = "give an http or https address, or the content itself with type raw or base64"
     if url.lower().startswith("file:"):

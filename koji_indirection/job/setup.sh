@@ -223,8 +223,9 @@ refresh() {
     apt)
         apt_get update -o Dir::Etc::sourcelist="$(repository_path "$1")" -o Dir::Etc::sourceparts=- \
             -o APT::Get::List-Cleanup=0 -o APT::Update::Error-Mode=any || return 1
-        # Before 2.1 an index that cannot be fetched is no more than a warning.
-        ! grep -q -e '^Err' -e 'Failed to fetch' "$scratch/said"
+        # Before 2.1 an index that cannot be fetched is no more than a warning. (A line with
+        # Err alone means little: each way of compression is tried in turn.)
+        ! grep -q -e 'Failed to fetch' "$scratch/said"
         ;;
     dnf) run "$manager" -y --disablerepo='*' --enablerepo="$1" makecache ;;
     zypper) run zypper --non-interactive refresh "$1" ;;

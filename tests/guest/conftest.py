@@ -68,13 +68,19 @@ def input_image() -> Path:
     return _image("input", "debian-input")
 
 
+@pytest.fixture(scope="session")
+def bare_image() -> Path:
+    """A utility image without tools or repositories."""
+    return _image("bare", "debian-utility", "--bare")
+
+
 def special_image(kind: str) -> Path:
     """A utility image of this kind: images/make-image --help lists them."""
     return _made(kind, REPOSITORY / "tests" / "guest" / "images" / "make-image", kind)
 
 
-def _image(name: str, recipe: str) -> Path:
-    return _made(name, REPOSITORY / "examples" / recipe / "make-image")
+def _image(name: str, recipe: str, *options: str) -> Path:
+    return _made(name, REPOSITORY / "examples" / recipe / "make-image", *options)
 
 
 def _made(name: str, *command: object) -> Path:
@@ -237,9 +243,11 @@ class Builder:
         self._started.append(running)
         return running
 
-    def __call__(self, commands: Commands, *options: object, **more: Any) -> Built:
-        """Run a build to its end."""
-        return self.start(commands, *options, **more).finish()
+    def __call__(
+        self, commands: Commands, *options: object, seconds: float = 240, **more: Any
+    ) -> Built:
+        """Run a build to its end, which is a mistake of ours if it takes longer than this."""
+        return self.start(commands, *options, **more).finish(seconds)
 
     def processes(self) -> dict[int, str]:
         """Every process whose command line names the work directory, but the command itself."""

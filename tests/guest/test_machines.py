@@ -23,6 +23,7 @@ def test_an_image_that_boots_by_uefi_only_does(build: Builder, tiny_image: Path)
     built = build(
         [("firmware", FIRMWARE), ("mount", "mount /dev/vdb1 /mnt"), ("result", RESULT)],
         *DEBIAN,
+        seconds=900,
         input_image=tiny_image,
         utility_image=special_image("uefi"),
     ).succeeded()
@@ -35,6 +36,7 @@ def test_secure_boot_starts_what_is_signed(build: Builder, tiny_image: Path) -> 
         [("firmware", FIRMWARE), ("mount", "mount /dev/vdb1 /mnt"), ("result", RESULT)],
         *DEBIAN,
         "--secure-boot",
+        seconds=900,
         input_image=tiny_image,
         utility_image=special_image("uefi"),
     ).succeeded()
@@ -88,6 +90,7 @@ def check_without_virtio(build: Builder, kind: str, input_image: Path, *options:
         ],
         *options,
         *("--input-device", "vdc"),
+        seconds=900,
         input_image=input_image,
         utility_image=special_image(kind),
     ).succeeded()
@@ -127,6 +130,7 @@ def test_a_guest_of_another_arch_is_emulated_when_it_is_asked_for(
     built = build(
         [("arch", "uname -m"), ("mount", "mount /dev/vdb1 /mnt"), ("result", RESULT)],
         *("--arch", "aarch64", "--memory", "512M", "--boot-timeout", "5m"),
+        seconds=900,
         input_image=tiny_image,
         utility_image=aarch64_image,
     ).succeeded()

@@ -1,4 +1,4 @@
-"""The real Koji, one for the whole session; see realkoji/real.py.
+"""A Koji for the whole session, or two: the stand-in of standin/, and the real one of realkoji/.
 
 There is no __init__.py here on purpose: this directory would become a package named koji.
 """
@@ -12,7 +12,35 @@ import pytest
 from realkoji import install
 
 if TYPE_CHECKING:
+    from harness.base import AnyKoji
     from realkoji.real import RealKoji
+    from standin.standin import StandInKoji
+
+KOJIS = ["stand-in", pytest.param("real", marks=pytest.mark.real_koji)]
+
+FIXTURES = ("any_koji", "stand_in_koji", "real_koji")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "real_koji: runs a real hub and kojid")
+
+
+@pytest.fixture(scope="session", params=KOJIS)
+def any_koji(request: pytest.FixtureRequest) -> AnyKoji:
+    """Each of them in turn; harness/base.py says what it offers."""
+    koji: AnyKoji = request.getfixturevalue(
+        {"stand-in": "stand_in_koji", "real": "real_koji"}[request.param]
+    )
+    return koji
+
+
+@pytest.fixture(scope="session")
+def stand_in_koji(request: pytest.FixtureRequest) -> Iterator[StandInKoji]:
+    from standin.standin import running_stand_in
+
+    with running_stand_in() as koji:
+        yield koji
+        koji.keep_logs = request.session.testsfailed > 0
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +59,7 @@ def real_koji(request: pytest.FixtureRequest) -> Iterator[RealKoji]:
 def pytest_runtest_makereport(item: pytest.Function) -> Iterator[None]:
     outcome: Any = yield
     report = outcome.get_result()
-    koji = getattr(item, "funcargs", {}).get("real_koji")
+    arguments = getattr(item, "funcargs", {})
+    koji = next((arguments[one] for one in FIXTURES if one in arguments), None)
     if report.failed and koji is not None:
-        report.sections.append(("real Koji", f"its logs are in {koji.logs}"))
+        report.sections.append((f"{koji.name} Koji", f"its logs are in {koji.logs}"))

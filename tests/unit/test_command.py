@@ -205,6 +205,19 @@ def test_a_wrong_value_exits_2_and_makes_no_output_directory(
     assert not output.exists()
 
 
+def test_a_build_without_a_template_is_refused(
+    run_here: Callable[..., Said], tmp_path: Path, image: Path
+) -> None:
+    empty = tmp_path / "p.json"
+    empty.write_text("{}")
+    argv = ["build", "--input-image", image, "--output", tmp_path / "out"]
+    for more in ([], ["--parameters", empty]):
+        said = run_here(*argv, *more)
+        assert said.status == 2
+        assert said.err.startswith("usage error: there is no template (name one with --template")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("missing", ["--input-image", "--utility-image", "--template"])
 def test_a_missing_file_is_said_and_makes_no_output_directory(
     run_here: Callable[..., Said], tmp_path: Path, template: Path, image: Path, missing: str
@@ -391,7 +404,26 @@ OPTIONS = [
     ),
     (["--media", "/srv/repo"], Settings, {"media": Path("/srv/repo")}),
     ([], Settings, {"networks": ("user",), "file_hosts": ("*",)}),
+    (["--max-disk-size", "9G"], Settings, {"max_disk_bytes": 9 * GIB}),
 ]
+
+
+def ordered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: object) -> tuple[Any, Any]:
+    """The order and the settings that a command line comes to."""
+    asked: list[Any] = []
+
+    def build(order: Any, settings: Settings, _progress: Any) -> None:
+        asked.extend([order, settings])
+        raise BuilderFault("enough")
+
+    monkeypatch.setattr(pipeline, "build", build)
+    monkeypatch.setattr(command, "_catch_signals", lambda: None)  # they are pytest's here
+    image = tmp_path / "i.raw"
+    image.write_bytes(b"x")
+    required = ["--input-image", image, "--output", tmp_path / "out"]
+    assert command.main(["build", *map(str, [*required, *words])]) == 3
+    order, settings = asked
+    return order, settings
 
 
 @pytest.mark.parametrize(("words", "kind", "fields"), OPTIONS, ids=lambda value: str(value)[:40])
@@ -402,28 +434,96 @@ def test_every_option_reaches_the_build(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    asked: list[Any] = []
-
-    def build(order: Any, settings: Settings, _progress: Any) -> None:
-        asked.extend([order.spec, settings, order])
-        raise BuilderFault("enough")
-
-    monkeypatch.setattr(pipeline, "build", build)
-    monkeypatch.setattr(command, "_catch_signals", lambda: None)  # they are pytest's here
     template = tmp_path / "t.tdl"
     template.write_text(TEMPLATE)
-    image = tmp_path / "i.raw"
-    image.write_bytes(b"x")
-    required = ["--template", template, "--input-image", image, "--output", tmp_path / "out"]
-    assert command.main(["build", *map(str, required), *words]) == 3
-    got = asked[(BuildSpec, Settings, Order).index(kind)]
+    order, settings = ordered(monkeypatch, tmp_path, "--template", template, *words)
+    got = {BuildSpec: order.spec, Settings: settings, Order: order}[kind]
     assert {name: getattr(got, name) for name in fields} == fields
+
+
+def test_the_settings_file_is_read_and_options_come_before_it(
+    run_here: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from koji_indirection import doctor
+
+    seen: list[Settings] = []
+    monkeypatch.setattr(doctor, "examine", lambda settings: seen.append(settings) or [])
+    path = tmp_path / "machine.conf"
+    path.write_text(f"[indirection]\naccel = tcg\ncache_dir = {tmp_path}\n[guest]\nnetworks = b\n")
+    assert run_here("doctor", "--config", path, "--accel", "kvm").status == 0
+    assert (seen[0].accel, seen[0].cache_dir, seen[0].networks) == ("kvm", tmp_path, ("b",))
+    assert seen[0].file_hosts == ("*",)
+
+
+def test_a_settings_file_that_is_named_and_missing_is_a_usage_error(
+    run_here: Callable[..., Said], tmp_path: Path
+) -> None:
+    said = run_here("doctor", "--config", tmp_path / "none.conf")
+    assert said.status == 2
+    assert said.last_line.endswith("none.conf do not exist (check the path)")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--network", "default"],
+            "asks for network 'default', which the settings of this machine",
+        ),
+        (["--network", "br 0"], "network is 'br 0'"),
+        (["--repo", "http://h/"], "repos are given, but the guest has no network"),
+        (["--network", "user", "--repo", "file:///srv"], "repos has 'file:///srv' in it"),
+    ],
+)
+def test_a_network_or_repository_that_is_not_to_be_had_is_said_before_anything_starts(
+    words: list[str],
+    message: str,
+    run_here: Callable[..., Said],
+    template: Path,
+    image: Path,
+    tmp_path: Path,
+) -> None:
+    required = ["--template", template, "--input-image", image, "--output", tmp_path / "out"]
+    said = run_here("build", *required, *words)
+    assert said.status == 2
+    assert message in said.last_line
+    assert not (tmp_path / "out").exists()
+
+
+def test_parameters_of_image_factory_reach_the_build_and_options_override_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    utility = tmp_path / "u.raw"
+    utility.write_bytes(b"x")
+    values = {
+        "utility_image": str(utility),
+        "utility_customizations": TEMPLATE,
+        "utility_cpus": 7,
+        "results_location": "/a.iso",
+    }
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(values))
+    order, _ = ordered(monkeypatch, tmp_path, "--parameters", path, "--results", "/b.iso")
+    assert order.utility_image == utility
+    assert order.template_name == "p.json"
+    assert [one.name for one in order.template.commands] == ["one"]
+    assert (order.spec.cpus, order.spec.results) == (7, ("/b.iso",))
+
+    path.write_text(json.dumps({**values, "utility_image": "f216b47f-0444-4392-b1a4-a17f36746f7b"}))
+    template = tmp_path / "t.tdl"
+    template.write_text(TEMPLATE.replace("one", "other"))
+    words = ["--parameters", path, "--utility-image", utility, "--template", template]
+    order, _ = ordered(monkeypatch, tmp_path, *words, "--force")
+    assert order.utility_image == utility
+    assert order.template_name == "t.tdl"
+    assert [one.name for one in order.template.commands] == ["other"]
 
 
 def test_every_option_of_build_is_tried_above() -> None:
     shown = run("build", "--help").out
     tried = {word for words, _, _ in OPTIONS for word in words if word.startswith("--")}
     elsewhere = {"--help", "--input-image", "--utility-image", "--template", "--output", "--force"}
+    elsewhere |= {"--config", "--parameters"}
     assert set(re.findall(r"--[a-z][a-z-]+", shown)) <= tried | elsewhere | {
         "--verbose",
         "--quiet",

@@ -306,6 +306,11 @@ def test_an_old_apt_that_only_warns_is_not_believed(guest: Guest) -> None:
     assert ended.reason.endswith("cannot be used: W: Failed to fetch http://h/Packages")
 
 
+def test_ways_of_compression_that_apt_tries_in_vain_are_no_failure(guest: Guest) -> None:
+    guest.manager("apt", "echo 'Err:3 http://h ./ Packages'; echo 'Get:3 http://h ./ Packages'")
+    assert guest.run("repositories", job(repositories=REPOSITORIES[:1])).status == 0
+
+
 def test_a_debian_suite_is_for_apt_alone(guest: Guest) -> None:
     guest.manager("yum")
     ended = guest.run("repositories", job(repositories=[SUITE]))

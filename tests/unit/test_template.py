@@ -412,6 +412,7 @@ BAD_BLOCKS = [
     (_url("http://h/a&#10;gpgcheck=0"), "repository 'r' has 'http://h/a\\ngpgcheck=0' for a"),
     (_url("http://localhost/x"), "'localhost', which in the guest is the guest itself"),
     (_url("http://me:pw@127.0.0.1:80/x"), "'127.0.0.1:80', which in the guest"),
+    (_url("http://me:pw@h/x"), "'r' has an address with a user name or password in it"),
     (_url("http://[::1]/x"), "'[::1]', which in the guest"),
     (_url("<b/>"), "<url> of repository 'r' has an element <b> in it"),
     (_repository("<url>http://i</url>"), "repository 'r' has more than one <url>"),
@@ -438,6 +439,12 @@ BAD_BLOCKS = [
     ),
     ("<files><file name='/a' type='url'>ftp://h/x</file></files>", "'ftp://h/x' for an address"),
     ("<files><file name='/a' type='url'/></files>", "file '/a' has '' for an address"),
+    (
+        "<files><file name='/a' type='url'>https://me:pw@h/x</file></files>",
+        "file '/a' has an address with a user name or password in it",
+    ),
+    (_url("http://[::1/x"), "repository 'r' has 'http://[::1/x' for a URL"),
+    (_url("http://a:b:c/"), "repository 'r' has 'http://a:b:c/' for a URL"),
     ("<files><file name='/a' mode='rw'>x</file></files>", "'rw' for a mode, which is not octal"),
     ("<files><file name='/a' mode='0689'>x</file></files>", "file '/a' has '0689' for a mode"),
     ("<files><file name='/a' mode='7'>x</file></files>", "write three or four digits from 0 to 7"),
@@ -496,7 +503,7 @@ def test_the_example_templates_are_valid() -> None:
     examples = sorted((Path(__file__).parents[2] / "examples").glob("*.tdl"))
     assert examples
     for path in examples:
-        assert template.load(path).ignored == ()
+        assert template.load(path).mistaken == ()
 
 
 # --- from a file ------------------------------------------------------------------------------

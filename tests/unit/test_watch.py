@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import queue
 import socket
 import threading
@@ -98,6 +99,8 @@ class Watched:
         self.stages: list[str] = []
         self.output_bytes = 0
         self.report = JobReport()
+        self.disks: list[Path] = []
+        self.max_disk_bytes: int | None = None
 
     def follow(self, script: Callable[[Guest], None], deadlines: Deadlines = PATIENT) -> JobReport:
         def count(data: bytes) -> None:
@@ -115,9 +118,12 @@ class Watched:
             one = Watch(
                 self.machine,  # type: ignore[arg-type]
                 command_names=NAMES,
+                setup_steps=["network", "packages"],
                 deadlines=deadlines,
                 job_log=job_log,
                 console_log=console_log,
+                disks=self.disks,
+                max_disk_bytes=self.max_disk_bytes,
                 on_output=count,
                 on_stage=self.stages.append,
             )
@@ -193,6 +199,51 @@ def test_a_command_that_fails_is_no_exception_but_a_status(watched: Watched) -> 
     report = watched.follow(script)
     assert report.status == 7
     assert [one.status for one in report.commands] == [7]
+
+
+def test_set_up_steps_are_reported_before_the_commands(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.report("setup-started", step="network")
+        guest.report("setup-ended", step="network", status=0, seconds=1.5, reason="")
+        guest.report("setup-started", step="packages")
+        guest.report("setup-ended", step="packages", status=1, seconds=2, reason="no\x07\n x")
+        guest.report("job-ended", status=1)
+        guest.power_off()
+
+    report = watched.follow(script)
+    assert [(one.name, one.status, one.seconds, one.reason) for one in report.setup] == [
+        ("network", 0, 1.5, ""),
+        ("packages", 1, 2.0, "no x"),
+    ]
+    assert (report.status, report.commands) == (1, [])
+
+
+def test_steps_that_nobody_asked_for_or_out_of_order_are_dropped(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        for step in ("packages", "files", 7, ["network"]):
+            guest.report("setup-started", step=step)
+        guest.report("setup-ended", step="network", status=0, seconds=1, reason="")
+        guest.report("setup-started", step="network")
+        guest.report("setup-ended", step="packages", status=0, seconds=1, reason="")
+        guest.start_command(1)
+        guest.report("setup-started", step="packages")
+        guest.report("job-ended", status=0)
+        guest.power_off()
+
+    report = watched.follow(script)
+    assert [(one.name, one.status) for one in report.setup] == [("network", None)]
+
+
+def test_the_job_deadline_names_the_step_that_ran(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.report("setup-started", step="network")
+        time.sleep(5)
+
+    error = watched.failure(script, Deadlines(boot=20, job=0.5, command=None, shutdown=20))
+    assert ", during set-up step 'network'" in error.message
 
 
 def test_output_behind_the_last_report_is_still_logged(watched: Watched) -> None:
@@ -435,6 +486,52 @@ def test_a_full_disk_of_the_host_is_a_builder_fault(watched: Watched) -> None:
     assert "--work-dir" in error.hint
 
 
+def test_a_libvirtd_that_goes_away_is_a_builder_fault(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.start_command(1)
+        time.sleep(0.2)
+        guest.event("lost")
+
+    error = watched.failure(script)
+    assert isinstance(error, BuilderFault)
+    assert error.message == ("libvirtd ended, or does not answer any more, during command 'mount'")
+
+
+# Limits
+
+
+def test_what_the_guests_disks_take_on_the_host_is_limited(
+    watched: Watched, tmp_path: Path
+) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    overlay, workspace = tmp_path / "overlay", tmp_path / "deep" / "er" / "workspace"
+    watched.disks = [overlay, tmp_path / "deep", tmp_path / "gone"]
+    with overlay.open("wb") as file:
+        file.truncate(1024 * MIB)  # what it claims to have does not count
+    watched.max_disk_bytes = 3 * MIB
+
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.start_command(1)
+        workspace.write_bytes(b"x" * 2 * MIB)
+        time.sleep(1.5)
+        assert watched.machine.screenshots == []
+        with overlay.open("r+b") as file:
+            file.write(b"x" * 2 * MIB)
+            file.flush()
+            os.fsync(file.fileno())
+
+    error = watched.failure(script)
+    assert isinstance(error, BuildFailed)
+    assert error.message == (
+        "the guest's disks take 4 MiB of the host's, more than the limit of 3 MiB,"
+        " during command 'mount'"
+    )
+    assert error.hint == "write less, or --max-disk-size (max_disk_size on a builder) allows more"
+    assert len(watched.machine.screenshots) == 1
+
+
 # Deadlines
 
 
@@ -475,6 +572,21 @@ def test_a_command_deadline_counts_each_command_anew(watched: Watched) -> None:
     assert error.message == "command 'make the image' did not end within 1 s"
     assert error.hint == "--command-timeout allows more time"
     assert watched.report.commands[0].status == 0
+
+
+def test_a_job_that_says_nothing_at_all_is_given_up(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a sample, which a guest that lives sends every five seconds."""
+    monkeypatch.setattr(watch, "_SILENCE_OF_A_JOB_SECONDS", 0.6)
+
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.start_command(1)
+
+    error = watched.failure(script)
+    assert isinstance(error, BuildFailed)
+    assert error.message == ("the guest has said nothing at all for 1 s, during command 'mount'")
 
 
 # Reports that make no sense

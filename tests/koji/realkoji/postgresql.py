@@ -8,8 +8,9 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from harness.processes import Processes, StartFailed
+
 from .install import postgresql_program
-from .processes import Processes, StartFailed
 
 DATABASE = "koji"
 # Nobody wants these data after the test; and all its shared memory is in its directory.

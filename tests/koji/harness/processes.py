@@ -19,20 +19,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .install import unshare
-
 MARK = "KOJI_TEST_RUN"
 ROLE = "KOJI_TEST_ROLE"
 SWEEP_SECONDS = 20
 
-# Koji's configuration and log directories, as this Koji has them, on a machine that keeps its own.
 # What is started sees signals as a service does: nothing ignored, whatever pytest's shell did.
-_ISOLATE = """
-mount -t overlay -o "ro,lowerdir=$1:/etc" overlay /etc &&
-mount --bind "$2" /var/log &&
-shift 2 &&
-exec env --default-signal "$@"
-"""
+_AS_A_SERVICE = ("env", "--default-signal")
 
 
 class StartFailed(Exception):
@@ -63,13 +55,9 @@ class Processes:
         argv: Sequence[object],
         *,
         env: Mapping[str, str] | None = None,
-        etc: Path | None = None,
     ) -> subprocess.Popen[bytes]:
-        """etc -- seen over /etc, in a mount name space of its own; the pid is the program's."""
-        words = [str(word) for word in argv]
-        if etc is not None:
-            var_log = self.work / "var-log"
-            words = [*unshare(), "sh", "-c", _ISOLATE, "sh", str(etc), str(var_log), *words]
+        """The pid is that of the program, which argv may begin with a prefix of."""
+        words = [str(word) for word in (*_AS_A_SERVICE, *argv)]
         with self.log_path(role).open("ab") as log:
             process = subprocess.Popen(
                 words,
@@ -133,7 +121,7 @@ def stop(process: subprocess.Popen[bytes], number: signal.Signals, timeout_secon
 @contextmanager
 def kept(work: Path) -> Iterator[None]:
     """Nothing of what was started with the mark of this directory, nor it, is left after this."""
-    code = "import sys; from realkoji.processes import keep; keep(sys.argv[1])"
+    code = "import sys; from harness.processes import keep; keep(sys.argv[1])"
     keeper = subprocess.Popen(
         [sys.executable, "-c", code, str(work)],
         stdin=subprocess.PIPE,

@@ -1,0 +1,151 @@
+"""Files that a template names by their address: what is fetched, from where, and how much."""
+
+from __future__ import annotations
+
+import http.server
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from koji_indirection.config import Download, Settings
+from koji_indirection.errors import BuilderFault, BuildFailed
+from koji_indirection.filefetch import Fetcher
+
+ANYWHERE = Settings(file_hosts=("*",))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """/data: bytes; /to?URL: a redirection; /cut: less than announced; else 404."""
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        if path == "/to":
+            self.send_response(302)
+            self.send_header("Location", query)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif path in ("/data", "/cut", "/endless"):
+            self.send_response(200)
+            if path != "/endless":
+                self.send_header("Content-Length", "2000")
+            self.end_headers()
+            self.wfile.write(b"x" * (2000 if path != "/cut" else 100))
+        else:
+            self.send_error(404)
+
+    def log_message(self, *_args: object) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def fetch(url: str, target: Path, settings: Settings = ANYWHERE) -> bytes:
+    Fetcher(settings).fetch("/etc/x", url, target)
+    return target.read_bytes()
+
+
+def refused(url: str, target: Path, settings: Settings = ANYWHERE) -> str:
+    with pytest.raises(BuildFailed) as caught:
+        fetch(url, target, settings)
+    assert "file '/etc/x'" in caught.value.message
+    assert caught.value.hint
+    return str(caught.value)
+
+
+def test_a_file_is_fetched_and_its_origin_noted(
+    server: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert fetch(f"{server}/data?token=secret", tmp_path / "f") == b"x" * 2000
+    assert f"2000 bytes from {server}/data, sha256 " in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_a_redirection_is_followed_where_it_is_allowed(server: str, tmp_path: Path) -> None:
+    assert len(fetch(f"{server}/to?{server}/data", tmp_path / "f")) == 2000
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("file:///etc/passwd", "HTTP status 302, a redirection that is not followed"),
+        ("ftp://127.0.0.1/x", "and only http and https are fetched"),
+        ("http://other.example.com/x", "is at other.example.com, from where the settings"),
+        ("http://[::1/", "cannot be fetched from"),
+    ],
+)
+def test_a_redirection_to_elsewhere_is_not_followed(
+    target: str, message: str, server: str, tmp_path: Path
+) -> None:
+    here = Settings(file_hosts=("127.0.0.1",))
+    assert message in refused(f"{server}/to?{target}", tmp_path / "f", here)
+
+
+def test_redirections_end(server: str, tmp_path: Path) -> None:
+    url = f"{server}/data"
+    for _ in range(3):
+        url = f"{server}/to?{url}"
+    two = Settings(file_hosts=("*",), download=Download(max_redirects=2))
+    assert "too many redirections" in refused(url, tmp_path / "f", two)
+
+
+def test_only_hosts_that_the_settings_name_are_asked(tmp_path: Path) -> None:
+    url = "http://files.example.com/x"
+    assert "its setting file_hosts in [guest] is: none" in refused(url, tmp_path / "f", Settings())
+    for hosts in (("example.com",), ("*.example.org",), ("s.example.com",)):
+        assert "is at files.example.com" in refused(url, tmp_path / "f", Settings(file_hosts=hosts))
+
+
+@pytest.mark.parametrize("allowed", ["files.example.com", "*.example.com", "*"])
+def test_hosts_may_be_named_by_their_domain(allowed: str) -> None:
+    fetcher = Fetcher(Settings(file_hosts=(allowed,)))
+    fetcher._require_allowed("file", "https://Files.Example.com:8443/x")
+
+
+@pytest.mark.parametrize("path", ["/data", "/endless"])
+def test_what_is_too_large_is_refused(path: str, server: str, tmp_path: Path) -> None:
+    small = Settings(file_hosts=("*",), max_file_bytes=1999)
+    assert "is too large" in refused(f"{server}{path}", tmp_path / "f", small)
+
+
+def test_the_limit_is_for_all_files_together(server: str, tmp_path: Path) -> None:
+    fetcher = Fetcher(Settings(file_hosts=("*",), max_file_bytes=3000))
+    fetcher.fetch("/a", f"{server}/data", tmp_path / "a")
+    with pytest.raises(BuildFailed, match=r"file '/b' .* is too large"):
+        fetcher.fetch("/b", f"{server}/data", tmp_path / "b")
+
+
+def test_a_file_that_arrives_in_part_is_no_file(server: str, tmp_path: Path) -> None:
+    assert "cannot be fetched from" in refused(f"{server}/cut", tmp_path / "f")
+
+
+def test_what_is_not_there_is_said_with_the_servers_answer(server: str, tmp_path: Path) -> None:
+    said = refused(f"{server}/none?token=secret", tmp_path / "f")
+    assert f"cannot be fetched from {server}/none: HTTP status 404" in said
+    assert "secret" not in said
+
+
+def test_a_server_that_is_not_there_is_said(tmp_path: Path) -> None:
+    assert "Connection refused" in refused("http://127.0.0.1:1/x", tmp_path / "f")
+
+
+def test_a_ca_bundle_that_is_none_is_a_fault(tmp_path: Path) -> None:
+    settings = Settings(file_hosts=("*",), download=Download(ca_bundle=tmp_path / "none.pem"))
+    with pytest.raises(BuilderFault, match="holds no CA certificates"):
+        fetch("https://127.0.0.1:1/x", tmp_path / "f", settings)
