@@ -113,7 +113,8 @@ $(IMAGES)/tiny.qcow2: $(wildcard examples/tiny-guest/*) $(RECIPES) | packages
 	mkdir -p $(IMAGES)
 	examples/tiny-guest/make-image $@
 
-$(SPECIAL_IMAGES:%=$(IMAGES)/%.qcow2): $(IMAGES)/%.qcow2: tests/guest/images/make-image $(RECIPES) | packages
+$(SPECIAL_IMAGES:%=$(IMAGES)/%.qcow2): $(IMAGES)/%.qcow2: tests/guest/images/make-image \
+		$(wildcard examples/tiny-guest/*) $(RECIPES) | packages
 	mkdir -p $(IMAGES)
 	$< $* $@
 
