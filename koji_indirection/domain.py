@@ -44,6 +44,7 @@ class Domain:
     """Everything that the XML says about the utility VM; sizes in bytes.
 
     network -- "user", the name of a libvirt network, or None.
+    log_is_terminal -- whether the log's stream is a terminal in the guest, for a shell.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Domain:
     disks: Sequence[Disk]
     socket_dir: Path
     network: str | None = None
+    log_is_terminal: bool = False
 
     @property
     def console_socket(self) -> Path:
@@ -121,7 +123,10 @@ def domain_xml(domain: Domain) -> str:
                 domain.status_socket,
             ),
             _unix_socket(
-                E.channel(E.target(type="virtio", name=LOG_PORT), type="unix"), domain.log_socket
+                E.console(E.target(type="virtio", port="1"), type="unix")
+                if domain.log_is_terminal
+                else E.channel(E.target(type="virtio", name=LOG_PORT), type="unix"),
+                domain.log_socket,
             ),
             E.rng(E.backend("/dev/urandom", model="random"), model="virtio"),
             # A screen without a display server: only a screenshot can see it.

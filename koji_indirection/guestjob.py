@@ -21,6 +21,7 @@ from .template import Command, Package, Repository
 STATUS_PORT = "org.koji.indirection.status"
 LOG_PORT = "org.koji.indirection.log"
 SAMPLE_SECONDS = 5
+SHELL_TTY = "/dev/hvc0"  # the log's stream, made a terminal: no guest has a getty there
 MEDIA_SERIAL = "media"  # of the disk: what the guest finds it by
 
 DIRECTORY = "etc/koji-indirection"
@@ -44,6 +45,15 @@ class GuestFile:
 
 
 @dataclass(frozen=True)
+class Terminal:
+    """Whose shell runs in the guest; type is the value of TERM, sizes are in characters."""
+
+    type: str
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class GuestJob:
     """All that the guest is to do, in the order of the fields.
 
@@ -54,6 +64,7 @@ class GuestJob:
     workspace -- the device with the workspace's file system.
     input -- the input image's device, or its path in the workspace.
     results_dir -- the directory in the workspace where the first result is expected.
+    terminal -- None; or where a shell runs instead of the commands, which only lie in place.
     """
 
     commands: Sequence[Command]
@@ -67,6 +78,7 @@ class GuestJob:
     workspace: str = "/dev/vdb1"
     input: str = "/input_image.raw"
     results_dir: str = "/"
+    terminal: Terminal | None = None
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -102,6 +114,8 @@ def job_files(job: GuestJob) -> Files:
     if job.steps:
         files["setup"] = (_script("setup.sh"), 0o755)
         files["udhcpc"] = (_script("udhcpc.sh"), 0o755)
+    if job.terminal is not None:
+        files["shell"] = (_script("shell.sh"), 0o755)
     if job.media is not None:
         # apt reads as a user of its own, who need not see what is on somebody's disk.
         files["apt-media.conf"] = (b'APT::Sandbox::User "root";\n', 0o644)
@@ -127,6 +141,7 @@ def host_files(job: GuestJob) -> dict[str, Path]:
 
 def _settings(job: GuestJob) -> bytes:
     device, file_system = job.media or ("", "")
+    terminal = job.terminal
     values = {
         "STATUS_PORT": STATUS_PORT,
         "LOG_PORT": LOG_PORT,
@@ -139,6 +154,9 @@ def _settings(job: GuestJob) -> bytes:
         "MEDIA_DEVICE": device,
         "MEDIA_SERIAL": MEDIA_SERIAL if device else "",
         "MEDIA_FS": file_system,
+        "SHELL_TTY": SHELL_TTY if terminal else "",
+        "TERMINAL_TYPE": terminal.type if terminal else "",
+        "TERMINAL_SIZE": f"rows {terminal.rows} cols {terminal.columns}" if terminal else "",
     }
     return "".join(f"{key}={shlex.quote(value)}\n" for key, value in values.items()).encode()
 

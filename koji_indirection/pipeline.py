@@ -2,6 +2,8 @@
 
     vet -> prepare -> inject -> boot -> job -> shutdown -> collect
 
+shell() goes the same way until the VM boots, and then hands it to a person.
+
 Every resource is entered on one ExitStack, so that it is gone afterwards
 whichever way the build ends. Used by the local command and by the Koji builder.
 """
@@ -27,6 +29,7 @@ from . import (
     __version__,
     accel,
     appliance,
+    console,
     filefetch,
     guest,
     imagefile,
@@ -42,7 +45,7 @@ from .config import Settings
 from .domain import Disk, Domain, tcg_cpu_model
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .guest import GuestSystem
-from .guestjob import GuestFile, GuestJob, results_directory, spec_repositories
+from .guestjob import GuestFile, GuestJob, Terminal, results_directory, spec_repositories
 from .guestlog import BoundedLog
 from .imagefile import ImageFile
 from .jobdir import job_directory
@@ -76,11 +79,10 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
-class Order:
-    """What to build, from what, and where it goes.
+class GuestOrder:
+    """Which guest to boot, and what is to be in it.
 
     utility_image -- None: the input image is its own utility.
-    output -- an existing directory, as output.prepare() makes it.
     """
 
     spec: BuildSpec
@@ -88,6 +90,15 @@ class Order:
     template_name: str
     input_image: Path
     utility_image: Path | None
+
+
+@dataclass(frozen=True)
+class Order(GuestOrder):
+    """What to build, from what, and where it goes.
+
+    output -- an existing directory, as output.prepare() makes it.
+    """
+
     output: Path
 
 
@@ -98,15 +109,7 @@ def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
     Whatever is raised, no VM, process or temporary file of the build remains.
     """
     timeline = Timeline(on_phase=progress.phase)
-    record = Manifest(
-        spec=order.spec.to_dict(),
-        template={
-            "name": order.template_name,
-            "sha256": order.template.sha256,
-            "ignored": list(order.template.ignored),
-        },
-        timeline=timeline.phases,
-    )
+    record = _new_record(order, timeline)
     with _build_log(order.output / LOGS / "build.log"):
         try:
             _Build(order, settings, progress, timeline, record).run()
@@ -138,6 +141,35 @@ def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
     return record
 
 
+def shell(
+    order: GuestOrder, settings: Settings, progress: Progress, terminal: console.Descriptors
+) -> None:
+    """Boot the guest that build() would boot, for a person at a terminal; keeps nothing.
+
+    The template's set-up is done and its commands lie in place, but no command is run.
+    Returns when the guest is off or the person leaves. Raises UsageError where there is
+    no terminal, BuildFailed or BuilderFault otherwise.
+    """
+    size = console.require_terminal(terminal)
+    timeline = Timeline(on_phase=progress.phase)
+    try:
+        _Shell(order, settings, timeline, _new_record(order, timeline), size).run(terminal)
+    except OSError as error:
+        raise _fault_of(error, settings.work_dir, "nothing is left of the shell") from error
+
+
+def _new_record(order: GuestOrder, timeline: Timeline) -> Manifest:
+    return Manifest(
+        spec=order.spec.to_dict(),
+        template={
+            "name": order.template_name,
+            "sha256": order.template.sha256,
+            "ignored": list(order.template.ignored),
+        },
+        timeline=timeline.phases,
+    )
+
+
 @dataclass(frozen=True)
 class _Overlay:
     """A throw-away qcow2 and the only file below it, with its format."""
@@ -147,62 +179,61 @@ class _Overlay:
     backing: tuple[Path, str]
 
 
-class _Build:
-    """The state that the phases of one build hand to each other."""
+class _Guest:
+    """A guest up to the moment in which it can boot, and what its making has found.
+
+    Everything that the phases hand to each other; resources are entered on the caller's stack.
+    """
 
     def __init__(
         self,
-        order: Order,
+        order: GuestOrder,
         settings: Settings,
-        progress: Progress,
         timeline: Timeline,
         record: Manifest,
+        terminal: Terminal | None = None,
     ) -> None:
         self.order = order
         self.spec = order.spec
         self.settings = settings
-        self.progress = progress
         self.timeline = timeline
         self.record = record
-        self.logs = order.output / LOGS
+        self.terminal = terminal
 
-    def run(self) -> None:
+    def vet(self, stack: ExitStack, *, also_removed: Sequence[Path] = ()) -> None:
+        self.timeline.enter("vet")
+        self._check_order()
+        self.job = stack.enter_context(
+            job_directory(self.settings.work_dir, also_removed=also_removed)
+        )
+        self.accel = accel.choose(self.settings.accel, cache_dir=self.settings.cache_dir)
+        self._note_host()
+        self.utility, self.input = self._vet()
+
+    def make(self, stack: ExitStack) -> Domain:
+        """Prepare and inject; returns the VM that can be started then."""
         settings = self.settings
-        with ExitStack() as stack:
-            self.timeline.enter("vet")
-            self._check_order()
-            self.job = stack.enter_context(
-                job_directory(settings.work_dir, also_removed=[self.order.output / results.PARTIAL])
-            )
-            self.accel = accel.choose(settings.accel, cache_dir=settings.cache_dir)
-            self._note_host()
-            self.utility, self.input = self._vet()
-            checksums = stack.enter_context(_checksums({self.utility, self.input}))
+        self.timeline.enter("prepare")
+        self.hypervisor = stack.enter_context(
+            machine.connect(settings.connect, run_dir=self.job.run, cache_dir=settings.cache_dir)
+        )
+        self._note_hypervisor()
+        self.overlay = self._overlay(self.utility, "utility")
+        self.workspace_disk = self._make_workspace()
+        media_disk = self._make_media()
+        self.guest_job = self._guest_job(media_disk)
 
-            self.timeline.enter("prepare")
-            self.hypervisor = stack.enter_context(
-                machine.connect(
-                    settings.connect, run_dir=self.job.run, cache_dir=settings.cache_dir
-                )
-            )
-            self._note_hypervisor()
-            overlay = self._overlay(self.utility, "utility")
-            disk = self._make_workspace()
-            media_disk = self._make_media()
-            job = self._guest_job(media_disk)
+        self.timeline.enter("inject")
+        self.system = self._inject(self.overlay, self.guest_job)
 
-            self.timeline.enter("inject")
-            system = self._inject(overlay, job)
+        disks = self._disks(self.overlay, self.workspace_disk)
+        if media_disk is not None:
+            disks.append(media_disk.disk)
+        return self._domain(disks)
 
-            self.timeline.enter("boot")
-            disks = self._disks(overlay, disk)
-            if media_disk is not None:
-                disks.append(media_disk.disk)
-            failure = self._run_machine(system, disks, job)
-
-            self.timeline.enter("collect")
-            self._note_checksums(checksums)
-            self._collect(overlay, disk, system, failure or self._changed_input())
+    @property
+    def boot_timeout_seconds(self) -> int:
+        return self.spec.boot_timeout_seconds or BOOT_TIMEOUT_SECONDS[self.accel.kind]
 
     def _check_order(self) -> None:
         template = self.order.template
@@ -338,6 +369,7 @@ class _Build:
             workspace=spec.workspace_partition,
             input=f"/dev/{spec.input_device}" if spec.input_device else spec.input_filename or "",
             results_dir=results_directory(spec),
+            terminal=self.terminal,
         )
 
     def _guest_files(self) -> list[GuestFile]:
@@ -384,23 +416,67 @@ class _Build:
                 disks.append(Disk(device, role, image.path, image.format, readonly=True))
         return disks
 
-    def _run_machine(
-        self, system: GuestSystem, disks: Sequence[Disk], job: GuestJob
-    ) -> IndirectionError | None:
-        """Run the VM to its end; returns why the job failed, None when it ended well."""
-        spec, kind = self.spec, self.accel.kind
-        domain = Domain(
+    def _domain(self, disks: Sequence[Disk]) -> Domain:
+        spec, system = self.spec, self.system
+        return Domain(
             name=f"koji-indirection-{uuid.uuid4().hex[:12]}",
-            accel_kind=kind,
+            accel_kind=self.accel.kind,
             memory_bytes=spec.memory_bytes,
             cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX),
             cpu_model=tcg_cpu_model(system.os_id, system.version_id),
             disks=disks,
             socket_dir=self.job.run,
             network=spec.network,
+            log_is_terminal=self.terminal is not None,
         )
+
+
+class _Shell(_Guest):
+    """A guest for a person at a terminal."""
+
+    def run(self, ends: console.Descriptors) -> None:
+        with ExitStack() as stack:
+            self.vet(stack)
+            domain = self.make(stack)
+            self.timeline.enter("boot")
+            running = stack.enter_context(machine.start(self.hypervisor, domain))
+            console.relay(running, ends, boot_seconds=self.boot_timeout_seconds)
+
+
+class _Build(_Guest):
+    """A guest whose job is watched, and whose results are collected."""
+
+    def __init__(
+        self,
+        order: Order,
+        settings: Settings,
+        progress: Progress,
+        timeline: Timeline,
+        record: Manifest,
+    ) -> None:
+        super().__init__(order, settings, timeline, record)
+        self.progress = progress
+        self.output = order.output
+        self.logs = order.output / LOGS
+
+    def run(self) -> None:
+        with ExitStack() as stack:
+            self.vet(stack, also_removed=[self.output / results.PARTIAL])
+            checksums = stack.enter_context(_checksums({self.utility, self.input}))
+            domain = self.make(stack)
+
+            self.timeline.enter("boot")
+            failure = self._run_machine(domain, self.guest_job)
+
+            self.timeline.enter("collect")
+            self._note_checksums(checksums)
+            self._collect(failure or self._changed_input())
+
+    def _run_machine(self, domain: Domain, job: GuestJob) -> IndirectionError | None:
+        """Run the VM to its end; returns why the job failed, None when it ended well."""
+        spec, kind = self.spec, self.accel.kind
         deadlines = Deadlines(
-            boot=spec.boot_timeout_seconds or BOOT_TIMEOUT_SECONDS[kind],
+            boot=self.boot_timeout_seconds,
             job=spec.job_timeout_seconds,
             command=spec.command_timeout_seconds,
             shutdown=spec.shutdown_timeout_seconds or SHUTDOWN_TIMEOUT_SECONDS[kind],
@@ -439,25 +515,19 @@ class _Build:
         )
         return failure
 
-    def _collect(
-        self,
-        overlay: _Overlay,
-        workspace_disk: Path,
-        system: GuestSystem,
-        failure: IndirectionError | None,
-    ) -> None:
+    def _collect(self, failure: IndirectionError | None) -> None:
         """Fetch logs and, when the job ended well, results; raises what went wrong first."""
         if failure is not None and not self.spec.collect_logs:
             raise failure
         drives = [
-            Drive(str(overlay.path), overlay.format, readonly=True),
-            Drive(str(workspace_disk), "raw", readonly=True),
+            Drive(str(self.overlay.path), self.overlay.format, readonly=True),
+            Drive(str(self.workspace_disk), "raw", readonly=True),
         ]
         try:
             with appliance.appliance(
                 drives, accel_kind=self.accel.kind, job_dir=self.job.path
             ) as running:
-                self._collect_logs(running, system)
+                self._collect_logs(running)
                 if failure is None:
                     self._collect_results(running)
         except (IndirectionError, OSError) as error:
@@ -467,12 +537,12 @@ class _Build:
         if failure is not None:
             raise failure
 
-    def _collect_logs(self, running: Appliance, system: GuestSystem) -> None:
+    def _collect_logs(self, running: Appliance) -> None:
         """Fetch the logs asked for, from the workspace or else from the guest's root."""
         missing = set(self.spec.collect_logs)
         for where, device in (
             ("workspace", _WORKSPACE_PARTITION),
-            ("root file system", system.root_device),
+            ("root file system", self.system.root_device),
         ):
             if not missing:
                 return
@@ -497,7 +567,7 @@ class _Build:
         limits = results.ResultLimits(self.settings.max_results, self.settings.max_result_bytes)
         with results.mounted(running, _WORKSPACE_PARTITION, what="workspace"):
             collected = results.collect(
-                running, self.spec.results, output=self.order.output, limits=limits
+                running, self.spec.results, output=self.output, limits=limits
             )
         self.record.outputs = [
             OutputRecord(one.path.name, one.guest_path, one.size_bytes, one.sha256)
@@ -597,12 +667,10 @@ def _image_record(image: ImageFile) -> ImageRecord:
     )
 
 
-def _fault_of(error: OSError, output: Path) -> BuilderFault:
+def _fault_of(error: OSError, place: Path, hint: str = "see logs/build.log") -> BuilderFault:
     if error.errno == errno.ENOSPC:
         return BuilderFault(
-            f"no space left on the file system of {error.filename or output}",
+            f"no space left on the file system of {error.filename or place}",
             "free some space; --output and --work-dir name other places",
         )
-    return BuilderFault(
-        f"{error.filename or 'a file'}: {error.strerror or error}", "see logs/build.log"
-    )
+    return BuilderFault(f"{error.filename or 'a file'}: {error.strerror or error}", hint)
