@@ -1,8 +1,11 @@
 # make demo    all set-up, demo images, one build, and proof that its boot.iso boots
 # make test    all set-up, lint, and every test
-# make test-koji  the tests on a real Koji: KOJI_TEST_ROOT names an unpacked one, or it is installed
+# make test-koji  those of Koji, on a real one too: KOJI_TEST_ROOT names an unpacked one, or it is
+#              installed; make test has a stand-in for it
 # make check   the checks that need no VM: lint and the unit tests
 # make lint    ruff and mypy
+# make fuzz    many random inputs for all that reads what others wrote: SEED=N, EXAMPLES=N
+# make soak    many builds with random faults, and what is left: BUILDS=N, JOBS=N, SEED=N
 # make clean   remove everything that make has made here
 
 PYTHON ?= /usr/bin/python3
@@ -19,7 +22,7 @@ BUILDER_PACKAGES := python3 python3-venv python3-libvirt python3-guestfs \
 EXAMPLE_PACKAGES := mmdebstrap debian-archive-keyring ca-certificates fdisk uuid-runtime \
 	grub-common grub-pc-bin busybox-static kmod cpio ovmf
 # python3-gssapi: the koji library from PyPI wants one, which cannot be compiled everywhere.
-TEST_PACKAGES := xz-utils gzip zstd git xorriso procps dpkg-dev python3-gssapi
+TEST_PACKAGES := strace xz-utils gzip zstd git xorriso procps dpkg-dev python3-gssapi
 # What the hub, its database and kojid import and run; Koji itself is brought along.
 KOJI_PACKAGES := postgresql python3-psycopg2 python3-gssapi python3-rpm python3-dnf \
 	python3-libcomps python3-librepo python3-cheetah util-linux mount
@@ -33,7 +36,13 @@ SPECIAL_IMAGES := sysvinit openrc
 
 RECIPES := $(wildcard examples/debian-utility/*)
 
-.PHONY: demo test test-koji check lint setup packages images clean
+# Of `make soak` and `make fuzz`.
+BUILDS ?= 100
+JOBS ?= 1,4
+SEED := $(or $(SEED),$(shell date +%s))
+EXAMPLES ?= 5000
+
+.PHONY: demo test test-koji fuzz soak check lint setup packages images clean
 
 demo: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2
 	PATH="$(abspath $(BIN)):$$PATH" examples/demo $(IMAGES) $(DEMO)
@@ -41,10 +50,20 @@ demo: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2
 test: lint images
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/guest -n 2
+	$(BIN)/pytest tests/koji -m 'not real_koji'
+	$(BIN)/python -m tests.soak --builds 6 --jobs 2
 
 test-koji: PACKAGES += $(KOJI_PACKAGES)
-test-koji: setup $(VENV)/koji-ready $(IMAGES)/tiny.qcow2
+test-koji: setup $(VENV)/koji-ready images
 	$(BIN)/pytest tests/koji
+
+fuzz: setup
+	@echo "seed $(SEED)"
+	KOJI_INDIRECTION_FUZZ_EXAMPLES=$(EXAMPLES) \
+		$(BIN)/pytest tests/unit/test_fuzz.py --hypothesis-seed=$(SEED)
+
+soak: setup $(IMAGES)/tiny.qcow2
+	$(BIN)/python -m tests.soak --builds $(BUILDS) --jobs $(JOBS) --seed $(SEED)
 
 check: lint
 	$(BIN)/pytest tests/unit

@@ -8,6 +8,7 @@ It must import where the library is missing: kojid would not start otherwise.
 from __future__ import annotations
 
 import contextlib
+import logging
 import xmlrpc.client
 from pathlib import Path
 
@@ -16,15 +17,16 @@ import koji.daemon
 import koji.tasks
 
 try:
-    from koji_indirection import kojibuild
+    from koji_indirection import kojibuild, sweep
     from koji_indirection.errors import BuilderFault, IndirectionError
+    from koji_indirection.hubcalls import PatientSession
     from koji_indirection.taskspec import TaskSpec
 
     MISSING = ""
 except ImportError as error:
     MISSING = f"this builder cannot do indirection builds: {error}"
 
-CONFIG = "/etc/kojid/plugins/indirection.conf"
+CONFIG = Path("/etc/kojid/plugins/indirection.conf")
 
 # Of a VM, and of a task that only waits for others.
 WEIGHT = 2.0
@@ -34,16 +36,23 @@ WEIGHT_OF_WAITING = 0.2
 class _Task(koji.tasks.BaseTaskHandler):
     """What both kinds of task have in common."""
 
+    def run(self):
+        """In the process of the task, with a session of its own by now."""
+        if not MISSING:
+            self.session = PatientSession(self.session)
+        return super().run()
+
     def createWorkdir(self):
         """A new one for each run, not one that an earlier run may still be using."""
         if MISSING:
             return
-        run, self._lock = kojibuild.run_directory(Path(self.workdir))
-        self.workdir = str(run)
+        runs = kojibuild.runs_directory(CONFIG)
+        self._run_directory = kojibuild.RunDirectory.make(Path(self.workdir), runs)
+        self.workdir = str(self._run_directory.path)
 
     def removeWorkdir(self):
         if not MISSING:
-            kojibuild.remove_run_directory(Path(self.workdir), self._lock)
+            self._run_directory.remove()
 
     def _suits(self, arch, hostdata):
         """A False is for good; what may change is asked in handler(), whose refusals are not."""
@@ -51,8 +60,7 @@ class _Task(koji.tasks.BaseTaskHandler):
 
     def _settings(self, spec, arch):
         """Of this host, which must suit the arch that it is to build, if it is to build one."""
-        parser = koji.read_config_files(CONFIG)
-        settings = kojibuild.task_settings(parser, CONFIG, spec, Path(self.workdir) / "vm")
+        settings = kojibuild.task_settings(CONFIG, spec, Path(self.workdir) / "vm")
         if arch is not None:
             with _refusals():
                 kojibuild.require_host(spec, arch, settings)
@@ -121,31 +129,54 @@ class IndirectionBuildTask(_Task):
             return None
         return arches[0]
 
-    def handler(self, spec):
+    def handler(self, spec, target=None, opts=None):
+        """The spec says it all; target and opts are for the hub's policies."""
         if MISSING:
             raise koji.GenericError(MISSING)
         with _told_to_koji(), kojibuild.interrupted_once():
             return self._build(TaskSpec.from_dict(spec))
 
     def _build(self, spec):
-        build = None if spec.scratch else kojibuild.own_build(self.session, self.id)
+        return self._scratch(spec) if spec.scratch else self._tagged(spec)
+
+    def _tagged(self, spec):
+        build = kojibuild.own_build(self.session, self.id)
+        complete = build is not None and build["state"] == kojibuild.COMPLETE
+        daemon = self._daemon(spec)
         with self._failing(build):
-            settings = self._settings(spec, self._only_arch())
+            settings = None if complete else self._settings(spec, self._only_arch())
             target = kojibuild.check_target(self.session, spec)
-            complete = build is not None and build["state"] == kojibuild.COMPLETE
-            inputs = None if complete else self._inputs(spec, settings)
-        if spec.scratch:
-            return self._scratch(spec, inputs, settings)
-        if not complete:
+            inputs = None if complete else self._inputs(spec, target, settings)
+        if complete:
+            _, entries = kojibuild.handed_over(daemon) or (None, None)
+        else:
             build = build or self._init_build(spec, inputs)
             with self._failing(build):
-                self._complete(spec, build, inputs, settings)
+                entries = self._entries(spec, _nvr(build), inputs, settings)
+                kojibuild.complete_build(daemon, build, entries)
+        if entries is not None:
+            self._record_inputs(build, entries)
         if not spec.skip_tag:
             self._tag(target, build)
         return {"build_id": build["id"], "nvr": _nvr(build), "task_id": self.id}
 
-    def _inputs(self, spec, settings):
-        inputs = kojibuild.find_inputs(self._daemon(spec), spec, settings)
+    def _scratch(self, spec):
+        daemon = self._daemon(spec)
+        earlier = kojibuild.handed_over(daemon)
+        if earlier is not None:
+            nvr, entries = earlier
+            files = kojibuild.move_to_scratch_again(daemon, entries)
+        else:
+            settings = self._settings(spec, self._only_arch())
+            target = kojibuild.check_target(self.session, spec)
+            inputs = self._inputs(spec, target, settings)
+            nvr = f"{spec.name}-{spec.version}-{kojibuild.release_of(self.session, spec)}"
+            entries = self._entries(spec, nvr, inputs, settings)
+            files = kojibuild.move_to_scratch(daemon, nvr, entries)
+        return {"nvr": nvr, "files": files, "task_id": self.id}
+
+    def _inputs(self, spec, target, settings):
+        inputs = kojibuild.find_inputs(self._daemon(spec), spec, target, settings)
         types = kojibuild.ArchiveTypes(self.session)
         for arch in spec.arches:
             types.check_patterns(spec.build_for(arch).results)
@@ -167,13 +198,6 @@ class IndirectionBuildTask(_Task):
                 "extra": kojibuild.build_extra(spec, inputs),
             },
         )
-
-    def _complete(self, spec, build, inputs, settings):
-        """Build, and from BUILDING to COMPLETE."""
-        entries = self._entries(spec, _nvr(build), inputs, settings)
-        results = kojibuild.hub_results(entries)
-        self.session.host.completeImageBuild(self.id, build["id"], results)
-        self._record_inputs(build, entries)
 
     def _entries(self, spec, nvr, inputs, settings):
         """What build_arch() gave for each arch; of one that could fail maybe a fault."""
@@ -226,14 +250,6 @@ class IndirectionBuildTask(_Task):
             self.session.host.recordIndirectionInputs(self.id, build["id"], images, template)
         except (koji.GenericError, xmlrpc.client.Fault) as error:
             self.logger.warning("the inputs of build %s are not linked: %s", build["id"], error)
-
-    def _scratch(self, spec, inputs, settings):
-        nvr = f"{spec.name}-{spec.version}-{kojibuild.release_of(self.session, spec)}"
-        entries = self._entries(spec, nvr, inputs, settings)
-        results = kojibuild.hub_results(entries)
-        self.session.host.moveImageBuildToScratch(self.id, results)
-        files = [name for entry in results.values() for name in entry["files"]]
-        return {"nvr": nvr, "files": files, "task_id": self.id}
 
     def _tag(self, target, build):
         """A label of its own: the hub gives a task that runs again the child it has already."""
@@ -290,3 +306,7 @@ def _refusals():
         yield
     except kojibuild.Unsuitable as error:
         raise koji.tasks.RefuseTask(str(error)) from error
+
+
+if not MISSING:
+    sweep.start(CONFIG, logging.getLogger("koji.plugin.indirection"))

@@ -1,14 +1,15 @@
-"""`koji indirection-build`: from a command line to a task, and to its end.
+"""`koji indirection-build`, from a command line to a task and its end, and `indirection-replay`.
 
-What the command line means is the library's business (koji_indirection/submission.py);
-this talks to Koji. It must load where the library does not: a plugin that fails to
-load breaks every koji command.
+What the command lines mean is the library's business (koji_indirection/submission.py and
+replay.py), and so are builds on this machine (localrun.py); this talks to Koji. It must
+load where the library does not: a plugin that fails to load breaks every koji command.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import koji
@@ -31,15 +32,15 @@ def handle_indirection_build(goptions: Any, session: Any, args: list[str]) -> in
         from koji_indirection import errors, submission
         from koji_indirection.taskspec import UPLOAD_PREFIX
     except ImportError as error:
-        warn(f"builder fault: koji indirection-build cannot be used here: {error}"
-             " (install the Python module koji_indirection and what it needs)")  # fmt: skip
-        return 3
+        return _library_is_missing("indirection-build", error)
     try:
         request = submission.request_from(args, upload_dir=unique_path(UPLOAD_PREFIX))
         # Standard output is for the JSON alone.
         human_output = sys.stderr if request.json else sys.stdout
         if request.dry_run:
             return _dry_run(goptions, session, request)
+        if request.here is not None:
+            return _build_here(goptions, session, request, submission.local_order)
         with contextlib.redirect_stdout(human_output):
             task_id = _submit(goptions, session, request)
             quiet = goptions.quiet or request.quiet
@@ -57,6 +58,44 @@ def handle_indirection_build(goptions: Any, session: Any, args: list[str]) -> in
     except errors.IndirectionError as error:
         warn(error.one_line())
         return error.exit_status
+
+
+@export_cli
+def handle_indirection_replay(goptions: Any, session: Any, args: list[str]) -> int:
+    """[build] Build on this machine what a task of indirection-build was to build"""
+    try:
+        from koji_indirection import errors, replay
+    except ImportError as error:
+        return _library_is_missing("indirection-replay", error)
+    try:
+        request = replay.request_from(args)
+        return _build_here(goptions, session, request, replay.order_of)
+    except errors.IndirectionError as error:
+        warn(error.one_line())
+        return error.exit_status
+
+
+def _library_is_missing(command: str, error: ImportError) -> int:
+    warn(f"builder fault: koji {command} cannot be used here: {error}"
+         " (install the Python module koji_indirection and what it needs)")  # fmt: skip
+    return 3
+
+
+def _build_here(goptions: Any, session: Any, request: Any, order_of: Any) -> int:
+    """Without a task, and without a login where none is needed to read."""
+    from koji_indirection import command, localrun
+
+    ensure_connection(session, goptions)
+    topdir = Path(goptions.topdir) if goptions.topdir else None
+    hub = localrun.Hub(session, goptions.topurl, topdir)
+
+    def run() -> int:
+        order = order_of(hub, request)
+        quiet = goptions.quiet or request.quiet
+        return localrun.run(hub, request.here, order, quiet=quiet, as_json=request.json)
+
+    status: int = command.exit_status_of(run)
+    return status
 
 
 def _submit(goptions: Any, session: Any, request: Any) -> int:
@@ -119,14 +158,10 @@ def _build_of(session: Any, task_id: int) -> dict[str, Any] | None:
 
 
 def _dry_run(goptions: Any, session: Any, request: Any) -> int:
-    from koji_indirection import submission
-    from koji_indirection.errors import UsageError
+    from koji_indirection import localrun, submission
 
     ensure_connection(session, goptions)
-    if session.getBuildTarget(request.spec.target) is None:
-        raise UsageError(
-            f"there is no build target {request.spec.target!r}", "koji list-targets shows them all"
-        )
+    localrun.require_target(session, request.spec)
     inputs = submission.resolve_inputs(session, request.spec)
     shown = submission.dry_run_json if request.json else submission.dry_run_text
     print(shown(request, inputs))

@@ -21,11 +21,14 @@ CONFIG_SECTION = "indirection"
 DEFAULTS = {"channel": "image"}
 METHOD = "indirectionBuild"
 MAX_PRIORITY = 1000
+POLICY = "indirection"
+UPLOAD_POLICY = "indirection_template_upload"
 
-# So that kojiweb shows the parameters by name, and policies can parse them.
+# So that kojiweb shows the parameters by name, and Koji's own policies find what they know by
+# these names: target, and scratch in opts. The builder reads the spec alone.
 koji.tasks.LEGACY_SIGNATURES.update(
     {
-        METHOD: [[["spec"], None, None, None]],
+        METHOD: [[["spec", "target", "opts"], None, None, (None, None)]],
         "indirectionBuildArch": [[["spec", "arch", "nvr", "pinned"], None, None, None]],
     }
 )
@@ -40,7 +43,8 @@ def indirectionBuild(spec, priority=None):
     priority: added to Koji's default priority: above 0 others go first, and below 0,
               which needs the permission admin, this task does
 
-    Needs the permission image, and the consent of the policy named indirection.
+    Needs the permission image, and the consent of the policy named indirection; for an
+    uploaded template, unless the build is scratch, of indirection_template_upload too.
     Returns the id of the task.
     """
     context.session.assertPerm("image")
@@ -54,15 +58,14 @@ def indirectionBuild(spec, priority=None):
     # One arch is built by the task itself, several by a subtask each.
     task_options["arch"] = checked.arches[0] if len(checked.arches) == 1 else "noarch"
     _check_arches(checked, target)
+    policy_data = _policy_data(checked, target, task_options["channel"])
     if checked.template_upload is not None and not checked.scratch:
-        raise koji.ActionNotAllowed(
-            "a build that is not scratch needs its template from source control: "
-            "give template_scm instead of template_upload"
-        )
-    kojihub.assert_policy("indirection", _policy_data(checked, target, task_options["channel"]))
+        _check_upload(policy_data)
+    kojihub.assert_policy(POLICY, policy_data)
     if not checked.scratch and not checked.skip_tag:
         _check_package(checked.name, target)
-    return kojihub.make_task(METHOD, [checked.to_dict()], **task_options)
+    arguments = [checked.to_dict(), target["name"], {"scratch": checked.scratch}]
+    return kojihub.make_task(METHOD, arguments, **task_options)
 
 
 @export_in("host")
@@ -184,8 +187,25 @@ def _check_package(name, target):
         raise koji.BuildError(f"package {name} is blocked in tag {tag}")
 
 
+def _check_upload(policy_data):
+    """Raise ActionNotAllowed unless a policy allows builds whose template nobody can look up."""
+    reason = ""
+    # Koji takes a policy that is missing for one that allows, as long as MissingPolicyOk is set.
+    if context.policy.get(UPLOAD_POLICY):
+        allowed, reason = kojihub.check_policy(UPLOAD_POLICY, policy_data)
+        if allowed:
+            return
+    raise koji.ActionNotAllowed(
+        "a build that is not scratch needs its template from source control: "
+        "give template_scm instead of template_upload" + (f" ({reason})" if reason else "")
+    )
+
+
 def _policy_data(spec, target, channel):
     """What docs/hub-admin.md promises to whoever writes the policy."""
+    # Of networks that differ between arches, having none matters least: a rule for "none" must
+    # not let a network through, and one against a network must see it.
+    networks = [name for name in spec.networks if name != "none"]
     data = {
         "method": METHOD,
         "user_id": context.session.user_id,
@@ -199,6 +219,10 @@ def _policy_data(spec, target, channel):
         "scratch": spec.scratch,
         "skip_tag": spec.skip_tag,
         "accel": spec.accel,
+        "network": " ".join(sorted(networks)) or "none",
+        "networks": list(spec.networks),
+        "repos": sorted({url for arch in spec.arches for url in spec.build_for(arch).repos}),
+        "tag_repo": spec.tag_repo,
         "utility_image": spec.utility_image,
         "input_image": spec.input_image,
         "template_source": "upload" if spec.template_scm is None else "scm",

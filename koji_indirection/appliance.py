@@ -13,8 +13,10 @@ import ctypes
 import json
 import logging
 import os
+import re
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +34,10 @@ log = logging.getLogger(__name__)
 LAUNCH_TIMEOUT_SECONDS = 180  # under TCG; the first launch on a machine builds the appliance (32 s)
 CALL_TIMEOUT_SECONDS = 300
 _SLOW_CALL_SECONDS = 0.5
+_FULL_BELOW_BYTES = 64 * 1024
+_ANSWER_BYTES = 32 * 1024 * 1024  # libguestfs's own messages end at 4 MiB
+_LISTING_BYTES = 64 * 1024
+_ADVICE = re.compile(r" (?:To see full error messages|Do: export LIBGUESTFS)")
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class ApplianceError(BuilderFault):
     """A libguestfs call failed; the message is libguestfs's own."""
 
     def __init__(self, call: str, reason: str) -> None:
+        # One sentence; what libguestfs says of its variables for debugging is not for here.
+        reason = _ADVICE.split(" ".join(reason.split()))[0]
         self.reason = reason
         super().__init__(
             f"libguestfs could not {call}: {reason}",
@@ -104,6 +112,14 @@ class Appliance:
             "download", source, str(target), timeout_seconds=timeout_seconds, limit=limit_bytes
         )
 
+    def names(self, directory: str) -> tuple[list[str], bool]:
+        """Names in a directory, sorted: all of them, or the first some thousand and False.
+
+        However many there are: a guest may have made millions.
+        """
+        names, complete = self.call("__names__", directory)
+        return names, complete
+
     def _died(self, method: str, reason: str) -> ApplianceError:
         """Kill what is left: a late answer must not be taken for that of the next call."""
         self._dead = f"it died in an earlier call, {method}: {reason}"
@@ -121,6 +137,9 @@ class Appliance:
             if not chunk:
                 raise self._died(method, "its process has ended")
             self._buffer += chunk
+            if len(self._buffer) > _ANSWER_BYTES:
+                self._buffer = b""
+                raise self._died(method, f"the answer is longer than {_ANSWER_BYTES} bytes")
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
@@ -154,9 +173,22 @@ def appliance(drives: Sequence[Drive], *, accel_kind: str, job_dir: Path) -> Ite
         yield running
         # An orderly end: what was written must reach the disk image.
         running.call("shutdown")
+    except ApplianceError as error:
+        # To what runs in the appliance a full disk of the host is an I/O error, or nothing at all.
+        if shutil.disk_usage(job_dir).free < _FULL_BELOW_BYTES:
+            raise BuilderFault(
+                f"no space left in {job_dir.parent}: {error.message}",
+                "free some, or name another directory with --work-dir",
+            ) from error
+        raise
     finally:
         _kill_group(child)
-        child.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in the kernel
+            child.wait(5)
+        for pipe in (child.stdin, child.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
@@ -164,7 +196,7 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _guestfs_module() -> Any:
+def guestfs_module() -> Any:
     try:
         import guestfs
     except ImportError as error:
@@ -181,7 +213,7 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever libguestfs's children print must not look like an answer
     try:
-        guest = _guestfs_module().GuestFS(python_return_dict=True)
+        guest = guestfs_module().GuestFS(python_return_dict=True)
     except BuilderFault as error:
         guest = None
         missing = str(error)
@@ -210,8 +242,27 @@ def _perform(guest: Any, method: str, args: list[Any], kwargs: dict[str, Any]) -
     if method == "download":
         with _file_size_limit(kwargs.pop("limit")):
             return guest.download(*args, **kwargs)
+    if method == "__names__":
+        return _names(guest, args[0])
     value = getattr(guest, method)(*args, **kwargs)
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _names(guest: Any, directory: str) -> tuple[list[str], bool]:
+    listing = Path(guest.get_tmpdir()) / "names"
+    try:
+        # ls() would keep all of them in memory.
+        with _file_size_limit(_LISTING_BYTES):
+            guest.ls0(directory, str(listing))
+        complete = True
+    except RuntimeError:
+        if not listing.exists() or listing.stat().st_size < _LISTING_BYTES:
+            raise
+        complete = False
+    with listing.open("rb") as file:
+        *names, _ = file.read(_LISTING_BYTES).split(b"\0")
+    listing.unlink()
+    return [name.decode("utf-8", "replace") for name in names], complete
 
 
 @contextlib.contextmanager

@@ -36,7 +36,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status.
+    """Run one command; returns its exit status, see exit_status_of()."""
+
+    def run() -> int:
+        options = _parser().parse_args(argv)
+        status: int = options.run(options)
+        return status
+
+    return exit_status_of(run)
+
+
+def exit_status_of(run: Callable[[], int]) -> int:
+    """Run what builds on this machine, with our own signals and words; returns an exit status.
 
     0 done, 1 BuildFailed, 2 usage, 3 BuilderFault, 130 interrupted. The last
     line on standard error is the reason and a hint.
@@ -45,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
-        options = _parser().parse_args(argv)
-        status: int = options.run(options)
+        status = run()
         sys.stdout.flush()
         return status
     except IndirectionError as error:
@@ -153,7 +163,7 @@ def _add_build(commands: Any) -> None:
         type=_duration,
         dest="job_timeout_seconds",
         metavar="TIME",
-        help=f"all commands together (default: {spec.job_timeout_seconds // 3600}h)",
+        help=f"set-up steps and commands together (default: {spec.job_timeout_seconds // 3600}h)",
     )
     times.add_argument(
         "--command-timeout",
@@ -193,6 +203,15 @@ def _add_build(commands: Any) -> None:
         metavar="SIZE",
         help="each log; of a longer one head and tail are kept"
         f" (default: {format_size(settings.max_log_bytes)})",
+    )
+
+    machine.add_argument(
+        "--max-disk-size",
+        type=_size,
+        dest="max_disk_bytes",
+        metavar="SIZE",
+        help="what overlay and workspace may take together on this machine's disk"
+        f" (default: {format_size(settings.max_disk_bytes)})",
     )
 
     shown = parser.add_argument_group("what is shown")
@@ -437,18 +456,19 @@ def _whole_number(text: str) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    """What the settings file says, and over it the options.
+    return replace(local_settings(options.config), **_given(options, Settings))
+
+
+def local_settings(file: Path | None) -> Settings:
+    """What a settings file says, or SETTINGS_FILE where there is one; UsageError.
 
     Whoever builds on a machine of their own may use its user-mode network and
     fetch from where they like, unless the file says otherwise.
     """
-    if options.config is not None and not options.config.exists():
-        raise UsageError(f"settings {options.config} do not exist", "check the path")
-    settings = load_settings(
-        [options.config or SETTINGS_FILE],
-        defaults=Settings(networks=(USER_NETWORK,), file_hosts=("*",)),
-    )
-    return replace(settings, **_given(options, Settings))
+    if file is not None and not file.exists():
+        raise UsageError(f"settings {file} do not exist", "check the path")
+    defaults = Settings(networks=(USER_NETWORK,), file_hosts=("*",))
+    return load_settings([file or SETTINGS_FILE], defaults=defaults)
 
 
 def _given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
@@ -481,7 +501,7 @@ def _build(options: argparse.Namespace) -> int:
         if options.json and manifest.exists():
             print(manifest.read_text(encoding="utf-8"), end="", flush=True)
     if not options.json and not options.quiet:
-        _print_summary(record, order.output)
+        print_summary(record, order.output)
     return 0
 
 
@@ -540,7 +560,8 @@ def _inputs(options: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
     return inputs, settings
 
 
-def _print_summary(record: Manifest, output: Path) -> None:
+def print_summary(record: Manifest, output: Path) -> None:
+    """What a build has left in its output directory, and where its time went."""
     print()
     for one in record.outputs:
         print(f"result    {output / one.name}")

@@ -15,10 +15,22 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
-from .units import DAY_SECONDS, GIB, HOUR_SECONDS, MIB, parse_duration, parse_size
+from .units import (
+    DAY_SECONDS,
+    GIB,
+    HOUR_SECONDS,
+    MIB,
+    format_duration,
+    format_exact_size,
+    parse_duration,
+    parse_size,
+)
+
+if TYPE_CHECKING:
+    from .spec import BuildSpec
 
 
 def default_cache_dir() -> Path:
@@ -70,6 +82,11 @@ class Settings:
     max_image_bytes -- virtual size above which an image is refused.
     max_results, max_result_bytes -- number of results, bytes of all together.
     max_log_bytes -- of each log; of a longer one head and tail are kept.
+    max_memory_bytes, max_cpus -- of the guest.
+    max_workspace_bytes -- size of the workspace disk.
+    max_timeout_seconds -- of the job, and so of each command.
+    max_boot_timeout_seconds, max_shutdown_timeout_seconds -- of these two.
+    max_disk_bytes -- what the guest's disks may take on the host, all together.
     max_cache_bytes -- of all fetched images together.
     cache_keep_free_bytes -- what fetched images leave free on their file system.
     cache_verify -- read a fetched image again, and compare its checksum, at each use.
@@ -91,6 +108,13 @@ class Settings:
     max_results: int = 50
     max_result_bytes: int = 20 * GIB
     max_log_bytes: int = 64 * MIB
+    max_memory_bytes: int = 64 * GIB
+    max_cpus: int = 64
+    max_workspace_bytes: int = 1024 * GIB
+    max_timeout_seconds: int = DAY_SECONDS
+    max_boot_timeout_seconds: int = 2 * HOUR_SECONDS
+    max_shutdown_timeout_seconds: int = HOUR_SECONDS
+    max_disk_bytes: int = 100 * GIB
     max_cache_bytes: int = 50 * GIB
     cache_keep_free_bytes: int = 2 * GIB
     cache_verify: bool = False
@@ -170,6 +194,45 @@ def settings_from(
     )
 
 
+# --- limits -----------------------------------------------------------------------------------
+
+# Field of a spec, field of Settings that limits it, key in [indirection].
+_LIMITS = (
+    ("memory_bytes", "max_memory_bytes", "max_memory"),
+    ("cpus", "max_cpus", "max_cpus"),
+    ("workspace_size_bytes", "max_workspace_bytes", "max_workspace_size"),
+    ("job_timeout_seconds", "max_timeout_seconds", "max_timeout"),
+    ("command_timeout_seconds", "max_timeout_seconds", "max_timeout"),
+    ("boot_timeout_seconds", "max_boot_timeout_seconds", "max_boot_timeout"),
+    ("shutdown_timeout_seconds", "max_shutdown_timeout_seconds", "max_shutdown_timeout"),
+)
+
+
+def require_within_limits(spec: BuildSpec, settings: Settings) -> None:
+    """Raise UsageError when a spec asks for more than this machine's settings grant.
+
+    Refused, not cut down to the limit: a build with less than it asked for fails late, and
+    nobody can tell from the spec why.
+    """
+    for name, limit_name, key in _LIMITS:
+        asked, limit = getattr(spec, name), getattr(settings, limit_name)
+        if asked is not None and asked > limit:
+            what = name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+            raise UsageError(
+                f"{what} is {_shown(name, asked)}, above this machine's limit of"
+                f" {_shown(name, limit)} ({key})",
+                f"ask for less, or have an administrator raise {key} in the configuration's"
+                " [indirection]",
+            )
+
+
+def _shown(name: str, value: int) -> str:
+    """Exact: a value just above its limit must not look like it."""
+    if name.endswith("_bytes"):
+        return format_exact_size(value)
+    return format_duration(value) if name.endswith("_seconds") else str(value)
+
+
 # --- sections and keys ------------------------------------------------------------------------
 
 
@@ -177,6 +240,13 @@ def _whole_number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise UsageError(f"{text[:80]!r} is not a whole number", "write digits only")
     return int(text)
+
+
+def _cpus(text: str) -> int:
+    number = _whole_number(text)
+    if number < 1:
+        raise UsageError("a guest has one CPU at least", "write 1 or more")
+    return number
 
 
 def yes_or_no(text: str) -> bool:
@@ -229,7 +299,7 @@ def _names(text: str, pattern: str, wanted: str) -> tuple[str, ...]:
 
 def _proxy(text: str) -> str:
     if not text.startswith(("http://", "https://", "socks5://", "socks5h://")):
-        raise UsageError(f"{text[:80]!r} is not the URL of a proxy", "write it as http://HOST:PORT")
+        raise UsageError("that is not the URL of a proxy", "write it as http://HOST:PORT")
     return text
 
 
@@ -246,6 +316,13 @@ _SECTIONS: Mapping[str, Mapping[str, _Key]] = {
         "max_results": ("max_results", _whole_number),
         "max_result_size": ("max_result_bytes", parse_size),
         "max_log_size": ("max_log_bytes", parse_size),
+        "max_memory": ("max_memory_bytes", parse_size),
+        "max_cpus": ("max_cpus", _cpus),
+        "max_workspace_size": ("max_workspace_bytes", parse_size),
+        "max_timeout": ("max_timeout_seconds", _seconds),
+        "max_boot_timeout": ("max_boot_timeout_seconds", _seconds),
+        "max_shutdown_timeout": ("max_shutdown_timeout_seconds", _seconds),
+        "max_disk_size": ("max_disk_bytes", parse_size),
     },
     "cache": {
         "max_size": ("max_cache_bytes", parse_size),

@@ -16,6 +16,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from .errors import without_passwords
 from .guestlog import LineSplitter, printable
 
 _LINE_LIMIT_BYTES = 2000
@@ -98,7 +99,7 @@ class DisplayHandler(logging.Handler):
         if record.levelno >= logging.ERROR:
             return
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        self._display.line(f"        {prefix}{printable(record.getMessage())}")
+        self._display.line(f"        {prefix}{printable(without_passwords(record.getMessage()))}")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,9 @@ from .spec import USER_NETWORK
 # os-release IDs of systems built for x86-64-v2 and -v3, by major version (facts: RHEL 9, RHEL 10).
 _RHEL_LIKE = ("rhel", "centos", "almalinux", "rocky", "ol", "eurolinux", "circle")
 
+# Of every VM's name: what an administrator, and sweep.py, know ours by.
+NAME_PREFIX = "koji-indirection"
+
 
 @dataclass(frozen=True)
 class Disk:

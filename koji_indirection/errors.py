@@ -6,6 +6,16 @@ that says what to do about it. Nothing here imports anything of the project.
 
 from __future__ import annotations
 
+import re
+
+# The user information of a URL: all of it where a server takes a bare token for a password.
+_PASSWORD = re.compile(r"(?i)(//[^/\s@\"':]*:|\bhttps?://)[^/\s@\"']+@")
+
+
+def without_passwords(text: str) -> str:
+    """Text for a log, a message or the manifest: of the URLs in it, no password is left."""
+    return _PASSWORD.sub(r"\1***@", text)
+
 
 class IndirectionError(Exception):
     """Base of every error that this project raises on purpose.
@@ -20,9 +30,10 @@ class IndirectionError(Exception):
     label = "error"
 
     def __init__(self, message: str, hint: str = "", details: str = "") -> None:
+        message = without_passwords(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = without_passwords(hint)
         self.details = details
 
     def __str__(self) -> str:

@@ -67,7 +67,8 @@ class BoundedLog:
         if self._tail.dropped_bytes:
             mark = (
                 f"\n[... {self._tail.dropped_bytes} bytes left out here:"
-                f" the log is limited to {self._limit_bytes} bytes, see --max-log-size ...]\n"
+                f" the log is limited to {self._limit_bytes} bytes, see --max-log-size"
+                " (max_log_size on a builder) ...]\n"
             )
             self._file.write(mark.encode())
         self._file.write(self._tail.content())

@@ -219,6 +219,7 @@ def _unpack(source: Path, compression: str, work_dir: Path, what: str, limit_byt
 def _new_file(work_dir: Path) -> Iterator[Path]:
     """A new file that stays only if the block is left without an exception."""
     handle, name = tempfile.mkstemp(prefix="unpacked-", suffix=".img", dir=work_dir.absolute())
+    os.fchmod(handle, 0o644)  # for qemu's user; what is around it lets nobody list its name
     os.close(handle)
     path = Path(name)
     try:
@@ -251,7 +252,7 @@ def _write_sparse(chunks: Iterator[bytes], target: IO[bytes], what: str, limit_b
         if size + len(chunk) > allowed_bytes:
             raise BuildFailed(
                 f"{what} unpacks to more than the limit of {format_size(limit_bytes)}",
-                "use a smaller image; --max-image-size raises the limit",
+                "use a smaller image; --max-image-size (max_image_size on a builder) allows more",
             )
         start = 0
         while start < len(chunk):
@@ -583,5 +584,5 @@ def _too_large(what: str, size_bytes: int, limit_bytes: int) -> BuildFailed:
     return BuildFailed(
         f"{what} is a disk of {format_size(size_bytes)}, more than the limit of"
         f" {format_size(limit_bytes)}",
-        "use a smaller image; --max-image-size raises the limit",
+        "use a smaller image; --max-image-size (max_image_size on a builder) allows more",
     )

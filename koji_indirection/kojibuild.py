@@ -6,10 +6,10 @@ never leave a VM behind when a task is cancelled, or let an upload delay the gue
 
 from __future__ import annotations
 
-import configparser
 import contextlib
 import dataclasses
-import fcntl
+import hashlib
+import json
 import logging
 import os
 import platform
@@ -18,17 +18,19 @@ import signal
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, NoReturn
 
-from . import accel, output, pipeline, sources, template
-from .config import Settings, settings_from
+from . import accel, cache, jobdir, output, pipeline, sources, sweep, template
+from .config import Settings, load_settings, require_within_limits
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .manifest import FILE_NAME as MANIFEST
-from .manifest import Manifest
+from .manifest import KojiRecord, Manifest, Origin
+from .spec import BuildSpec
 from .taskspec import TaskSpec
 from .template import Template
 from .units import GIB, format_size
@@ -43,6 +45,7 @@ _OPEN = 1  # of koji.TASK_STATES
 TASK_LOG = "task.log"
 TEMPLATE_LOG = "template.log"
 SCREENSHOT = "screenshot.png"
+HANDOVER = "handover.json"
 
 
 @dataclass(frozen=True)
@@ -75,33 +78,40 @@ class Unsuitable(Exception):
     """This host cannot do the task now, another one may: one sentence."""
 
 
-def task_settings(
-    parser: configparser.RawConfigParser, where: str, spec: TaskSpec, work_dir: Path
-) -> Settings:
+def task_settings(config: Path, spec: TaskSpec, work_dir: Path) -> Settings:
     """The builder's settings for one task, which works in its own directory unless told otherwise.
 
     Raises BuilderFault when the file is wrong: no user can mend it.
     """
     try:
-        settings = settings_from(parser, where)
+        settings = load_settings([config], defaults=Settings(work_dir=work_dir))
     except UsageError as error:
         raise BuilderFault(error.message, error.hint) from error
-    if not (parser.get("indirection", "work_dir", raw=True, fallback="") or "").strip():
-        settings = dataclasses.replace(settings, work_dir=work_dir)
     if settings.accel == "auto":
         settings = dataclasses.replace(settings, accel=spec.accel)
     return settings
 
 
 def require_host(spec: TaskSpec, arch: str, settings: Settings) -> None:
-    """Raise Unsuitable without the accelerator or the free memory that a build needs."""
+    """Raise Unsuitable without the accelerator, the network or the free memory that a build needs.
+
+    Raises UsageError above the host's limits: a softly refused task would wait for ever where
+    no host grants more, and nobody would be told.
+    """
+    build = spec.build_for(arch)
+    require_within_limits(build, settings)
+    if build.network is not None and build.network not in settings.networks:
+        raise Unsuitable(
+            f"the build asks for the network {build.network},"
+            f" this host allows {', '.join(settings.networks) or 'none'}"
+        )
     if spec.accel not in ("auto", settings.accel):
         raise Unsuitable(f"the build asks for {spec.accel}, this host is set to {settings.accel}")
     try:
         accel.choose(settings.accel, cache_dir=settings.cache_dir)
     except BuilderFault as fault:
         raise Unsuitable(fault.message) from fault
-    free, wanted = _available_memory_bytes(), spec.build_for(arch).memory_bytes
+    free, wanted = _available_memory_bytes(), build.memory_bytes
     if free is not None and free < wanted:
         raise Unsuitable(
             f"the guest is to have {format_size(wanted)} of memory, {format_size(free)} are free"
@@ -144,32 +154,52 @@ def _available_memory_bytes() -> int | None:
     return None
 
 
-def run_directory(task_dir: Path) -> tuple[Path, int]:
-    """A new directory for one run of a task, and the lock that marks it as being in use.
+@dataclass(frozen=True)
+class RunDirectory:
+    """A directory for one run of a task, locked until it is removed.
 
-    kojid gives a task one directory; when kojid was killed, the run that it left behind and
-    the new one are in it for some seconds. What runs that are dead have left is removed.
+    runs -- where it is noted for sweep.py; None when that cannot be written.
     """
-    task_dir.mkdir(parents=True, exist_ok=True)
-    for left in task_dir.glob("run-*"):
-        lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-        os.close(lock)
-    path = Path(tempfile.mkdtemp(prefix="run-", dir=task_dir))
-    path.chmod(0o755)  # qemu may run as another user
-    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return path, lock
+
+    path: Path
+    runs: Path | None
+    _lock: int
+
+    @classmethod
+    def make(cls, task_dir: Path, runs: Path) -> RunDirectory:
+        """A new one. kojid gives a task one directory; when kojid was killed, the run that it
+        left behind and the new one are in it for some seconds. What dead runs left is removed.
+        """
+        task_dir.mkdir(parents=True, exist_ok=True)
+        for left in task_dir.glob("run-*"):
+            jobdir.remove_if_dead(left)
+        path = Path(tempfile.mkdtemp(prefix="run-", dir=task_dir))
+        path.chmod(0o755)  # qemu may run as another user
+        lock = jobdir.lock(path)
+        try:
+            sweep.note_run(runs, path)
+        except OSError as error:
+            log.warning("should this builder be killed, %s is left: %s", path, error)
+            return cls(path, None, lock)
+        return cls(path, runs, lock)
+
+    def remove(self) -> None:
+        """And the task's own, if no other run is in it."""
+        jobdir.remove(self.path)
+        os.close(self._lock)
+        if self.runs is not None:
+            with contextlib.suppress(OSError):
+                sweep.forget_run(self.runs, self.path)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()
 
 
-def remove_run_directory(path: Path, lock: int) -> None:
-    """And the task's own, if no other run is in it."""
-    shutil.rmtree(path, ignore_errors=True)
-    os.close(lock)
-    with contextlib.suppress(OSError):
-        path.parent.rmdir()
+def runs_directory(config: Path) -> Path:
+    """Where runs are noted; the default one if the settings are wrong, which is told elsewhere."""
+    try:
+        return sweep.runs_directory(load_settings([config]))
+    except UsageError:
+        return sweep.runs_directory(Settings())
 
 
 @contextlib.contextmanager
@@ -313,6 +343,7 @@ class Inputs:
     """What one arch is built from: found, vetted as far as it is here, nothing large fetched.
 
     template_source -- the SCM URL with its commit, or where the file was uploaded to.
+    tag_repo -- below topurl, without the arch; None unless the build tag's is asked for.
     """
 
     template: Template
@@ -320,10 +351,19 @@ class Inputs:
     template_source: str
     input_image: sources.Source
     utility_image: sources.Source
+    tag_repo: str | None = None
 
     def images(self, arch: str) -> list[dict[str, Any]]:
         """Both images as the hub's recordIndirectionInputs() takes them."""
         return [_source_record(one, arch) for one in (self.utility_image, self.input_image)]
+
+    def origin(self) -> Origin:
+        """What the manifest says of where all this is from."""
+        return Origin(
+            template=self.template_source,
+            utility_image=_koji_record(self.utility_image),
+            input_image=_koji_record(self.input_image),
+        )
 
     def template_record(self) -> dict[str, str]:
         """The same call's extra data."""
@@ -342,9 +382,25 @@ class Inputs:
         return {
             "template_source": self.template_source,
             "template_sha256": self.template.sha256,
+            "tag_repo": self.tag_repo,
             "input_image": dataclasses.asdict(self.input_image),
             "utility_image": dataclasses.asdict(self.utility_image),
         }
+
+
+def _koji_record(source: sources.Source) -> KojiRecord:
+    return KojiRecord(
+        reference=source.reference,
+        role=source.role,
+        nvr=source.nvr,
+        build_id=source.build_id,
+        archive_id=source.archive_id,
+        task_id=source.task_id,
+        filename=source.filename,
+        arch=source.arch,
+        checksum=source.checksum,
+        checksum_type=source.checksum_name,
+    )
 
 
 def _source_record(source: sources.Source, arch: str) -> dict[str, Any]:
@@ -377,11 +433,15 @@ def build_extra(spec: TaskSpec, inputs: Mapping[str, Inputs]) -> dict[str, Any]:
     return {"indirection": record}
 
 
-def find_inputs(daemon: Daemon, spec: TaskSpec, settings: Settings) -> dict[str, Inputs]:
+def find_inputs(
+    daemon: Daemon, spec: TaskSpec, target: Mapping[str, Any], settings: Settings
+) -> dict[str, Inputs]:
     """Get the template, once, and resolve both images for each arch.
 
-    Raises what template and sources raise.
+    target -- as check_target() gives it.
+    Raises what template and sources raise, and BuildFailed where the build tag has no repository.
     """
+    tag_repo = tag_repo_of(daemon.session, target) if spec.tag_repo else None
     path, source = _fetch_template(daemon, spec, spec.template_scm, settings)
     parsed = template.load(path)
     parsed.require_network(spec.build.network)
@@ -403,6 +463,7 @@ def find_inputs(daemon: Daemon, spec: TaskSpec, settings: Settings) -> dict[str,
             template_source=source,
             input_image=resolved(spec.input_image, arch, spec.input_archive, "input image"),
             utility_image=resolved(spec.utility_image, arch, spec.utility_archive, "utility image"),
+            tag_repo=tag_repo,
         )
         for arch in spec.arches
     }
@@ -426,7 +487,40 @@ def pinned_inputs(
         template_source=source,
         input_image=sources.Source(**pinned["input_image"]),
         utility_image=sources.Source(**pinned["utility_image"]),
+        tag_repo=pinned["tag_repo"],
     )
+
+
+def tag_repo_of(session: Any, target: Mapping[str, Any]) -> str:
+    """Where the build tag's latest repository is, below topurl."""
+    tag = target["build_tag_name"]
+    repo = session.getRepo(target["build_tag"])
+    if not repo:
+        raise BuildFailed(
+            f"the build tag {tag} has no repository that is ready",
+            f"have one made with: koji regen-repo {tag}",
+        )
+    return f"repos/{tag}/{repo['id']}"
+
+
+def build_spec(daemon: Daemon, spec: TaskSpec, arch: str, inputs: Inputs) -> BuildSpec:
+    """The build spec of one arch; with the build tag's repository, if it is asked for."""
+    return with_tag_repo(spec.build_for(arch), inputs, arch, daemon.topurl)
+
+
+def with_tag_repo(build: BuildSpec, inputs: Inputs, arch: str, topurl: str | None) -> BuildSpec:
+    """A build spec that has the build tag's repository too, if the inputs have one."""
+    if inputs.tag_repo is None:
+        return build
+    if not topurl:
+        raise BuilderFault(
+            "the build tag's repository has no address: there is no topurl here",
+            "set topurl in Koji's configuration",
+        )
+    # As koji.pathinfo and its repositories have it: i386 also for i686.
+    path = urllib.parse.quote(f"{inputs.tag_repo}/{_canonical(arch)}")
+    address = f"{topurl.rstrip('/')}/{path}"
+    return dataclasses.replace(build, repos=tuple(dict.fromkeys((*build.repos, address))))
 
 
 def _fetch_template(
@@ -438,8 +532,18 @@ def _fetch_template(
         scm_dir.mkdir(parents=True)
         checkout, url = daemon.checkout(scm, scm_dir)
         return file_in_checkout(checkout, spec.template), url
+    source = uploaded_template(daemon.session, spec)
+    path = daemon.work_dir / "template.tdl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _fetched(daemon, source, settings) as fetched:
+        shutil.copyfile(fetched, path)
+    return path, f"{spec.template_upload}/{spec.template}"
+
+
+def uploaded_template(session: Any, spec: TaskSpec) -> sources.Source:
+    """Where the hub has a template that was uploaded; BuildFailed if it is not there any more."""
     assert spec.template_upload is not None
-    uploaded = daemon.session.checkUpload(spec.template_upload, spec.template, verify="sha256")
+    uploaded = session.checkUpload(spec.template_upload, spec.template, verify="sha256")
     if not uploaded:
         raise BuildFailed(
             f"the template {spec.template} is not in {spec.template_upload} on the hub",
@@ -450,7 +554,7 @@ def _fetch_template(
             f"the template {spec.template} has {uploaded['size']} bytes",
             f"at most {template.MAX_BYTES} are allowed",
         )
-    source = sources.Source(
+    return sources.Source(
         reference=spec.template_upload,
         role="template",
         nvr=spec.template_upload,  # what messages call it
@@ -464,11 +568,6 @@ def _fetch_template(
         arch="noarch",
         relpath=f"work/{spec.template_upload}/{spec.template}",
     )
-    path = daemon.work_dir / "template.tdl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _fetched(daemon, source, settings) as fetched:
-        shutil.copyfile(fetched, path)
-    return path, f"{spec.template_upload}/{spec.template}"
 
 
 def file_in_checkout(checkout: Path, name: str) -> Path:
@@ -490,7 +589,7 @@ def _fetched(
         source,
         topurl=daemon.topurl,
         topdir=daemon.topdir,
-        cache=sources.Cache.of(settings),
+        cache=cache.Cache.of(settings),
         download=settings.download,
     )
 
@@ -610,7 +709,7 @@ def task_log(path: Path) -> Iterator[None]:
     logger = logging.getLogger(__package__)
     handler = logging.FileHandler(path, mode="w", encoding="utf-8")
     handler.setLevel(logging.INFO)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(pipeline.LogFormatter())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -661,21 +760,66 @@ def build_arch(
     except Exception:
         _keep_evidence(daemon, directory, manifest_name(nvr, arch))
         raise
-    results = [one.name for one in record.outputs]
-    names = archive_names(results, nvr, arch, types)
-    for result, name in zip(results, names):
-        daemon.upload(directory / result, name)
-    daemon.upload(directory / MANIFEST, manifest_name(nvr, arch))
+    checksums = _upload_results(daemon, directory, record, nvr, arch, types)
     uploaded = daemon.session.listTaskOutput(daemon.task_id)
     return {
         "task_id": daemon.task_id,
         "arch": arch,
-        "files": [*names, manifest_name(nvr, arch)],
+        "files": list(checksums),
+        "checksums": checksums,
         "logs": sorted(name for name in uploaded if name.endswith(".log")),
         "rpmlist": [] if spec.scratch else rpm_list(daemon.session, inputs.input_image),
         "inputs": inputs.images(arch),
         "template": inputs.template_record(),
     }
+
+
+def _upload_results(
+    daemon: Daemon, directory: Path, record: Manifest, nvr: str, arch: str, types: ArchiveTypes
+) -> dict[str, str]:
+    """Upload results and manifest; their names in Koji, and their sha256."""
+    names = archive_names([one.name for one in record.outputs], nvr, arch, types)
+    checksums = {}
+    for one, name in zip(record.outputs, names):
+        upload_verified(daemon, directory / one.name, name, one.sha256)
+        checksums[name] = one.sha256
+    name = manifest_name(nvr, arch)
+    checksums[name] = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
+    upload_verified(daemon, directory / MANIFEST, name, checksums[name])
+    return checksums
+
+
+def upload_verified(daemon: Daemon, path: Path, name: str, sha256: str) -> None:
+    """Upload a file that has this checksum; the hub must then have one with it too.
+
+    The hub itself compares what it imports with nothing. A mismatch is retried once, then
+    a BuilderFault.
+    """
+    for attempt in ("once", "twice"):
+        daemon.upload(path, name)
+        problem = _problem_of_upload(daemon, name, sha256)
+        if problem is None:
+            return
+        log.warning("%s, uploaded %s, is not there as it is here: %s", name, attempt, problem)
+    raise BuilderFault(
+        f"{name}, uploaded twice, is not on the hub as it is here: {problem}",
+        "the network, a proxy, or the hub's file system damages it",
+    )
+
+
+def _problem_of_upload(daemon: Daemon, name: str, sha256: str) -> str | None:
+    task_id = daemon.task_id
+    there = daemon.session.checkUpload(_upload_directory(task_id), name, verify="sha256")
+    if not there:
+        return "the hub does not have it"
+    if there["hexdigest"] != sha256:
+        return f"the hub has {there['size']} bytes with the sha256 {there['hexdigest']}"
+    return None
+
+
+def _upload_directory(task_id: int) -> str:
+    """Below the hub's work directory, as koji.pathinfo has it."""
+    return f"tasks/{task_id % 10000}/{task_id}"
 
 
 def _fetch_and_build(
@@ -695,14 +839,31 @@ def _fetch_and_build(
     ):
         log.info("both images are here, after %.0f s", time.monotonic() - started)
         order = pipeline.Order(
-            spec=spec.build_for(arch),
+            spec=build_spec(daemon, spec, arch, inputs),
             template=inputs.template,
             template_name=Path(spec.template).name,
             input_image=input_image,
             utility_image=utility_image,
             output=directory,
+            label=f"task-{daemon.task_id}",
+            origin=inputs.origin(),
         )
-        return pipeline.build(order, settings, _Phases())
+        with _as_users_know_it(
+            {input_image: inputs.input_image, utility_image: inputs.utility_image}
+        ):
+            return pipeline.build(order, settings, _Phases())
+
+
+@contextlib.contextmanager
+def _as_users_know_it(images: Mapping[Path, sources.Source]) -> Iterator[None]:
+    """Errors name an image as Koji does; its path in this builder's cache tells nobody anything."""
+    try:
+        yield
+    except IndirectionError as error:
+        for path, source in images.items():
+            error.message = error.message.replace(str(path), str(source))
+            error.hint = error.hint.replace(str(path), source.filename)
+        raise
 
 
 def _keep_evidence(daemon: Daemon, directory: Path, name: str) -> None:
@@ -714,6 +875,94 @@ def _keep_evidence(daemon: Daemon, directory: Path, name: str) -> None:
                 daemon.upload(path, remote)
             except Exception as error:  # noqa: BLE001 - see above
                 log.warning("%s cannot be uploaded: %s", remote, error)
+
+
+# --- what the hub is given at the end -----------------------------------------------------------
+
+
+def hand_over(daemon: Daemon, nvr: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Keep with the task what the hub is about to be given, should the task have to run again.
+
+    Between that and the end of the task its process can die; the next run then finds
+    a build that is COMPLETE, or scratch files that have been moved, and nothing else tells it
+    what they were made from.
+    """
+    path = daemon.work_dir / HANDOVER
+    path.write_text(json.dumps({"nvr": nvr, "entries": list(entries)}), encoding="utf-8")
+    daemon.upload(path, HANDOVER)
+
+
+def handed_over(daemon: Daemon) -> tuple[str, list[dict[str, Any]]] | None:
+    """NVR and entries that an earlier run of this task had handed over; None if none had."""
+    if HANDOVER not in daemon.session.listTaskOutput(daemon.task_id):
+        return None
+    try:
+        record = json.loads(daemon.session.downloadTaskOutput(daemon.task_id, HANDOVER))
+        return str(record["nvr"]), list(record["entries"])
+    except (ValueError, KeyError, TypeError):  # the run was killed in mid-upload
+        return None
+
+
+def complete_build(
+    daemon: Daemon, build: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> None:
+    """From BUILDING to COMPLETE. What the hub raises is no error if it has done it all the same."""
+    results = hub_results(entries)
+    hand_over(daemon, "{name}-{version}-{release}".format(**build), entries)
+    try:
+        daemon.session.host.completeImageBuild(daemon.task_id, build["id"], results)
+    except Exception as error:
+        # Its answer may have got lost; koji's client then asks again, and the hub refuses that.
+        if daemon.session.getBuild(build["id"])["state"] != COMPLETE:
+            raise
+        log.warning("the build is complete, although the hub said: %s", error)
+
+
+def move_to_scratch(daemon: Daemon, nvr: str, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Have the hub keep the files of a scratch build; returns their names."""
+    results = hub_results(entries)
+    hand_over(daemon, nvr, entries)
+    try:
+        daemon.session.host.moveImageBuildToScratch(daemon.task_id, results)
+    except Exception as error:
+        if getattr(error, "faultCode", None) != _RETRY_ERROR:
+            raise
+        _require_moved(daemon, entries)
+    return [name for entry in results.values() for name in entry["files"]]
+
+
+def move_to_scratch_again(daemon: Daemon, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In a run after one that had handed over: it moved all, nothing, or was cut short.
+
+    A second try cannot be: uploads to what was moved are refused. Raises BuilderFault when
+    files are gone.
+    """
+    results = hub_results(entries)
+    log.info("an earlier run of this task has built all this, and handed it over")
+    _require_moved(daemon, entries)
+    try:
+        daemon.session.host.moveImageBuildToScratch(daemon.task_id, results)
+    except Exception as error:
+        if "Destination exists" not in str(error):
+            raise
+        log.info("its files have been moved: %s", error)
+    return [name for entry in results.values() for name in entry["files"]]
+
+
+_RETRY_ERROR = 1009  # the hub has had this very call before, and will not do it again
+
+
+def _require_moved(daemon: Daemon, entries: Sequence[Mapping[str, Any]]) -> None:
+    """All files are whole: in scratch, with a link in the task's directory, or still there."""
+    for entry in entries:
+        for name, sha256 in entry.get("checksums", {}).items():
+            owner = dataclasses.replace(daemon, task_id=entry["task_id"])
+            problem = _problem_of_upload(owner, name, sha256)
+            if problem is not None:
+                raise BuilderFault(
+                    f"an earlier run of this scratch task has made {name}, and now {problem}",
+                    "submit the build again",
+                )
 
 
 def hub_results(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

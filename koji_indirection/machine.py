@@ -2,7 +2,8 @@
 
 Nothing here outlives its `with`: the domain is transient, autodestroyed by
 libvirtd when this process dies, and under the embedded driver (which has no
-autodestroy) killed by the watchdog of jobdir.py.
+autodestroy) killed by the watchdog of jobdir.py. No call of libvirt's is waited
+for without a deadline: libvirtd may hang, or go away.
 """
 
 from __future__ import annotations
@@ -10,27 +11,38 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pwd
 import queue
 import socket
+import stat
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .domain import Domain, domain_xml
 from .errors import BuilderFault
+from .jobdir import kill_processes_of
+from .spec import USER_NETWORK
 
 log = logging.getLogger(__name__)
 
 _PICTURE_LIMIT_BYTES = 64 * 1024 * 1024
 
+_SOON_SECONDS = 10  # for a call that libvirt answers at once, if it answers at all
+# A libvirtd that says nothing for 20 s is given up: 5 s, and three questions without an answer.
+_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3
+
+_KVM_DEVICE = Path("/dev/kvm")
+# The users that libvirt's packages make for qemu; then one who owns nothing anywhere.
+_QEMU_USERS = ("libvirt-qemu", "qemu", "nobody")
 _EMBED_CONFIG = """\
-user = "root"
-group = "root"
-dynamic_ownership = 0
+user = "{user}"
+group = "{group}"
+dynamic_ownership = {ownership}
 remember_owner = 0
 security_driver = "none"
 cgroup_controllers = []
@@ -50,23 +62,22 @@ class Hypervisor:
     connection: Any
     uri: str
     driver: str
+    shares_our_files: bool
 
     @property
     def has_autodestroy(self) -> bool:
         return self.driver != "embed"
 
     @property
-    def shares_our_files(self) -> bool:
-        return self.driver in ("session", "embed")
-
-    @property
     def versions(self) -> dict[str, str]:
         """The versions of libvirt and qemu, e.g. {"libvirt": "9.0.0", "qemu": "7.2.22"}."""
-        libvirt = _libvirt_module()
+        libvirt = libvirt_module()
         try:
             # Without a cache, libvirt runs each qemu for some seconds to answer the second.
             return {
-                "libvirt": _dotted(self.connection.getLibVersion()),
+                "libvirt": _dotted(
+                    _Call(self.connection.getLibVersion).result("tell its version", _SOON_SECONDS)
+                ),
                 "qemu": _dotted(_Call(self.connection.getVersion).result("find qemu")),
             }
         except libvirt.libvirtError as error:
@@ -77,24 +88,30 @@ class Hypervisor:
 
 
 @contextlib.contextmanager
-def connect(uri: str | None, *, run_dir: Path, cache_dir: Path) -> Iterator[Hypervisor]:
+def connect(
+    uri: str | None, *, run_dir: Path, cache_dir: Path, disk_dir: Path | None = None
+) -> Iterator[Hypervisor]:
     """Open libvirt: the URI asked for, or the first that works of system, session, embed.
 
     run_dir -- a short private directory: root of the embedded driver.
     cache_dir -- where the embedded driver's knowledge of qemu is kept between builds.
+    disk_dir -- where the guest's disks will be: when we are root, the embedded driver runs
+        qemu as an unprivileged user, if that user can get there.
     Raises BuilderFault when there is no libvirt or it cannot be reached.
     """
     # What libvirt's library logs belongs with the build, not on the terminal.
     os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"3:file:{run_dir}/libvirt.log")
-    libvirt = _libvirt_module()
+    libvirt = libvirt_module()
     _start_event_loop(libvirt)
     candidates = [uri] if uri else _default_uris()
     reasons = []
     connection = None
+    account = None
     for candidate in candidates:
         name = candidate
         if candidate == "qemu:///embed":
-            name = f"{candidate}?root={_embed_root(run_dir, cache_dir)}"
+            account = _qemu_account([run_dir, *([disk_dir] if disk_dir else [])])
+            name = f"{candidate}?root={_embed_root(run_dir, cache_dir, account)}"
         try:
             connection = _Call(libvirt.open, name).result(f"open {candidate}")
             break
@@ -107,11 +124,12 @@ def connect(uri: str | None, *, run_dir: Path, cache_dir: Path) -> Iterator[Hype
             "start libvirtd, or install the qemu driver of libvirt so that qemu:///embed works",
         )
     try:
-        chosen = str(connection.getURI())
-        yield Hypervisor(connection, chosen, _driver_of(chosen))
+        chosen = str(_Call(connection.getURI).result("tell its URI", _SOON_SECONDS))
+        driver = _driver_of(chosen)
+        shared = driver == "session" or (driver == "embed" and account is None)
+        yield Hypervisor(connection, chosen, driver, shared)
     finally:
-        with contextlib.suppress(libvirt.libvirtError):
-            connection.close()
+        _Call(connection.close).settle(_SOON_SECONDS)
 
 
 class Machine:
@@ -119,7 +137,8 @@ class Machine:
 
     console, status, log -- connected sockets to read from.
     events -- what libvirt says of it: "stopped", "crashed", "rebooted", "failed" when
-        qemu itself died, or "io-error" when the host could not write one of the guest's disks.
+        qemu itself died, "io-error" when the host could not write one of the guest's disks,
+        or "lost" when libvirtd itself is gone or hangs.
     """
 
     def __init__(self, domain: Any, spec: Domain, events: queue.SimpleQueue[str]) -> None:
@@ -131,31 +150,51 @@ class Machine:
 
     def is_active(self) -> bool:
         """Whether the VM still exists; False once libvirt no longer knows it."""
-        libvirt = _libvirt_module()
+        libvirt = libvirt_module()
         try:
-            return bool(self._domain.isActive())
-        except libvirt.libvirtError:
-            return False
+            return bool(_Call(self._domain.isActive).result("look at the VM", _SOON_SECONDS))
+        except BuilderFault:
+            return True  # libvirtd hangs; the keepalive will say that it is lost
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return False
+            log.debug("libvirt: %s", error)
+            self.events.put("lost")
+            return True
 
     def screenshot(self, path: Path) -> bool:
         """Write the guest's screen to a PNG file; False when there is none to be had."""
-        libvirt = _libvirt_module()
+        libvirt = libvirt_module()
         picture = bytearray()
 
         def receive(_stream: Any, data: bytes, _opaque: Any) -> int:
             picture.extend(data)
             return len(data) if len(picture) < _PICTURE_LIMIT_BYTES else -1
 
-        stream = self._domain.connect().newStream()
-        try:
-            mime_type = _Call(self._domain.screenshot, stream, 0).result("take a screenshot", 10)
-            _Call(stream.recvAll, receive, None).result("send the screenshot", 20)
+        def take() -> str:
+            stream = self._domain.connect().newStream()
+            mime_type = str(self._domain.screenshot(stream, 0, 0))
+            stream.recvAll(receive, None)
             stream.finish()
+            return mime_type
+
+        try:
+            mime_type = _Call(take).result("take a screenshot", 30)
         except (libvirt.libvirtError, BuilderFault) as error:
             log.warning("no screenshot: %s", error)
             return False
         path.write_bytes(picture if mime_type == "image/png" else _ppm_to_png(bytes(picture)))
         return True
+
+
+_START_HINTS = {
+    None: "`koji-indirection doctor` checks libvirt, qemu and KVM",
+    USER_NETWORK: "`koji-indirection doctor` checks libvirt, qemu and KVM;"
+    " if this qemu has no user-mode network, name a libvirt network",
+}
+_NAMED_NETWORK_HINT = (
+    "the network must be active (virsh net-list), and libvirt's network driver running"
+)
 
 
 @contextlib.contextmanager
@@ -166,7 +205,7 @@ def start(hypervisor: Hypervisor, spec: Domain) -> Iterator[Machine]:
     that not one byte of the guest's is lost. Raises BuilderFault when libvirt
     will not start it.
     """
-    libvirt = _libvirt_module()
+    libvirt = libvirt_module()
     connection = hypervisor.connection
     events: queue.SimpleQueue[str] = queue.SimpleQueue()
     flags = libvirt.VIR_DOMAIN_START_PAUSED
@@ -178,26 +217,38 @@ def start(hypervisor: Hypervisor, spec: Domain) -> Iterator[Machine]:
     try:
         try:
             domain = creation.result("start the VM", 300)
-            callbacks = _subscribe(libvirt, connection, domain, events)
+            callbacks = _Call(_subscribe, libvirt, connection, domain, events).result(
+                "promise to tell of the VM's end"
+            )
             machine = Machine(domain, spec, events)
-            domain.resume()
+            _Call(domain.resume).result("let the VM run")
         except libvirt.libvirtError as error:
+            on = f" on network {spec.network!r}" if spec.network is not None else ""
             raise BuilderFault(
-                f"libvirt ({hypervisor.uri}) could not start the VM: {error.get_error_message()}",
-                "`koji-indirection doctor` checks libvirt, qemu and KVM",
+                f"libvirt ({hypervisor.uri}) could not start the VM{on}:"
+                f" {error.get_error_message()}",
+                _START_HINTS.get(spec.network, _NAMED_NETWORK_HINT),
             ) from error
         yield machine
     finally:
         # By name: an interrupt may have hit between the start and its answer.
         creation.settle(2)
-        with contextlib.suppress(libvirt.libvirtError):
-            connection.lookupByName(spec.name).destroy()
-        for callback in callbacks:
-            with contextlib.suppress(libvirt.libvirtError):
-                connection.domainEventDeregisterAny(callback)
+        _Call(_end, libvirt, connection, spec.name, callbacks).settle(_SOON_SECONDS)
+        # Where libvirtd is gone or hangs; nobody may write to the disks that are read next.
+        kill_processes_of([spec.name])
         if machine is not None:
             for stream in (machine.console, machine.status, machine.log):
                 stream.close()
+
+
+def _end(libvirt: Any, connection: Any, name: str, callbacks: Sequence[int]) -> None:
+    with contextlib.suppress(libvirt.libvirtError):
+        connection.lookupByName(name).destroy()
+    for callback in callbacks:
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.domainEventDeregisterAny(callback)
+    with contextlib.suppress(libvirt.libvirtError):
+        connection.unregisterCloseCallback()
 
 
 class _Call:
@@ -254,6 +305,14 @@ def _subscribe(
     def rebooted(_connection: Any, _domain: Any, _opaque: Any) -> None:
         events.put("rebooted")
 
+    def closed(_connection: Any, reason: int, _opaque: Any) -> None:
+        log.debug("libvirtd ended the connection, reason %d", reason)
+        events.put("lost")
+
+    # The embedded driver, which lives in this process, has neither.
+    with contextlib.suppress(libvirt.libvirtError):
+        connection.registerCloseCallback(closed, None)
+        connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
     register = connection.domainEventRegisterAny
     return [
         register(domain, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, None),
@@ -274,7 +333,7 @@ def _connect_socket(path: Path) -> socket.socket:
     return stream
 
 
-def _libvirt_module() -> Any:
+def libvirt_module() -> Any:
     try:
         import libvirt
     except ImportError as error:
@@ -297,11 +356,48 @@ def _driver_of(uri: str) -> str:
     return "other"
 
 
-def _embed_root(run_dir: Path, cache_dir: Path) -> Path:
+def _qemu_account(directories: Sequence[Path]) -> tuple[str, str] | None:
+    """User and group for qemu under the embedded driver; None: our own.
+
+    As root we are somebody else's guest away from everything, so qemu gets a user without
+    rights; unless that user could not reach the directories, or /dev/kvm, which would cost
+    the build (and has libvirt ask qemu for its capabilities over and over).
+    """
+    if os.geteuid() != 0:
+        return None
+    users = {entry.pw_name: entry for entry in pwd.getpwall()}
+    entry = next((users[name] for name in _QEMU_USERS if name in users), None)
+    if entry is None:
+        log.warning("qemu runs as root: there is no user %s", " or ".join(_QEMU_USERS))
+        return None
+    for directory in directories:
+        for place in (directory, *directory.absolute().parents):
+            if not place.stat().st_mode & stat.S_IXOTH:
+                log.warning(
+                    "qemu runs as root: user %s may not enter %s, see --work-dir",
+                    entry.pw_name,
+                    place,
+                )
+                return None
+    group_id = entry.pw_gid
+    with contextlib.suppress(OSError):
+        status = _KVM_DEVICE.stat()
+        if not status.st_mode & stat.S_IWOTH:
+            if not (status.st_gid and status.st_mode & stat.S_IWGRP):
+                log.warning("qemu runs as root: nobody else may open %s", _KVM_DEVICE)
+                return None
+            group_id = status.st_gid
+    return entry.pw_name, f"+{group_id}"
+
+
+def _embed_root(run_dir: Path, cache_dir: Path, account: tuple[str, str] | None) -> Path:
     """A configured root for the embedded driver, in which nothing needs a daemon."""
     root = run_dir / "v"
     (root / "etc").mkdir(parents=True)
-    (root / "etc" / "qemu.conf").write_text(_EMBED_CONFIG)
+    root.chmod(0o711)  # whatever the umask is; qemu's user passes through
+    user, group = account or ("root", "root")
+    config = _EMBED_CONFIG.format(user=user, group=group, ownership=int(account is not None))
+    (root / "etc" / "qemu.conf").write_text(config)
     # Asking qemu for its capabilities takes 4 to 7 s; the answer is good for all builds.
     shared_cache = cache_dir / "libvirt"
     try:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .errors import without_passwords
+
 MANIFEST_VERSION = 1
 FILE_NAME = "manifest.json"
 
@@ -36,11 +38,44 @@ class Timeline:
             self.phases[-1]["seconds"] = round(time.monotonic() - self._started, 2)
 
 
+@dataclass(frozen=True)
+class KojiRecord:
+    """An image as Koji knows it: an archive of a build, or a file that a task has put out.
+
+    reference -- what the user wrote.
+    checksum -- as the hub has it; checksum_type is "md5", "sha1" or "sha256".
+    """
+
+    reference: str
+    role: str
+    nvr: str | None
+    build_id: int | None
+    archive_id: int | None
+    task_id: int | None
+    filename: str
+    arch: str
+    checksum: str
+    checksum_type: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where template and images come from, as far as anybody but this machine knows it.
+
+    template -- the SCM URL with its commit, or the path of the upload; None for a local file.
+    """
+
+    template: str | None = None
+    utility_image: KojiRecord | None = None
+    input_image: KojiRecord | None = None
+
+
 @dataclass
 class ImageRecord:
     """An image as it was used; sizes in bytes.
 
     sha256 -- of the file that the user named; None until it is computed.
+    koji -- None for a file that is not from Koji.
     """
 
     path: str
@@ -48,6 +83,7 @@ class ImageRecord:
     size_bytes: int
     virtual_size_bytes: int
     sha256: str | None = None
+    koji: KojiRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +126,8 @@ class Manifest:
         """Write manifest.json into the output directory, whole or not at all."""
         partial = output / f".{FILE_NAME}.part"
         try:
-            partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            text = without_passwords(json.dumps(self.to_dict(), indent=2))
+            partial.write_text(text + "\n", encoding="utf-8")
             partial.replace(output / FILE_NAME)
         except OSError:
             partial.unlink(missing_ok=True)

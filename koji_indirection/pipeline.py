@@ -19,8 +19,9 @@ import platform
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Protocol
@@ -41,15 +42,15 @@ from . import (
     workspace,
 )
 from .appliance import Appliance, Drive
-from .config import Settings
-from .domain import Disk, Domain, tcg_cpu_model
-from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
+from .config import Settings, require_within_limits
+from .domain import NAME_PREFIX, Disk, Domain, tcg_cpu_model
+from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError, without_passwords
 from .guest import GuestSystem
 from .guestjob import GuestFile, GuestJob, Terminal, results_directory, spec_repositories
 from .guestlog import BoundedLog
 from .imagefile import ImageFile
 from .jobdir import job_directory
-from .manifest import ImageRecord, Manifest, OutputRecord, Timeline
+from .manifest import ImageRecord, KojiRecord, Manifest, Origin, OutputRecord, Timeline
 from .output import LOGS
 from .spec import BuildSpec
 from .template import Template
@@ -97,9 +98,13 @@ class Order(GuestOrder):
     """What to build, from what, and where it goes.
 
     output -- an existing directory, as output.prepare() makes it.
+    label -- part of the VM's name, e.g. "task-123"; may be empty.
+    origin -- where template and images come from, for the manifest.
     """
 
     output: Path
+    label: str = ""
+    origin: Origin = field(default_factory=Origin)
 
 
 def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
@@ -109,7 +114,7 @@ def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
     Whatever is raised, no VM, process or temporary file of the build remains.
     """
     timeline = Timeline(on_phase=progress.phase)
-    record = _new_record(order, timeline)
+    record = _new_record(order, timeline, order.origin.template)
     with _build_log(order.output / LOGS / "build.log"):
         try:
             _Build(order, settings, progress, timeline, record).run()
@@ -158,12 +163,15 @@ def shell(
         raise _fault_of(error, settings.work_dir, "nothing is left of the shell") from error
 
 
-def _new_record(order: GuestOrder, timeline: Timeline) -> Manifest:
+def _new_record(
+    order: GuestOrder, timeline: Timeline, template_source: str | None = None
+) -> Manifest:
     return Manifest(
         spec=order.spec.to_dict(),
         template={
             "name": order.template_name,
             "sha256": order.template.sha256,
+            "source": template_source,
             "ignored": list(order.template.ignored),
         },
         timeline=timeline.phases,
@@ -185,6 +193,9 @@ class _Guest:
     Everything that the phases hand to each other; resources are entered on the caller's stack.
     """
 
+    label = ""
+    origin = Origin()
+
     def __init__(
         self,
         order: GuestOrder,
@@ -202,6 +213,7 @@ class _Guest:
 
     def vet(self, stack: ExitStack, *, also_removed: Sequence[Path] = ()) -> None:
         self.timeline.enter("vet")
+        require_within_limits(self.spec, self.settings)
         self._check_order()
         self.job = stack.enter_context(
             job_directory(self.settings.work_dir, also_removed=also_removed)
@@ -215,7 +227,12 @@ class _Guest:
         settings = self.settings
         self.timeline.enter("prepare")
         self.hypervisor = stack.enter_context(
-            machine.connect(settings.connect, run_dir=self.job.run, cache_dir=settings.cache_dir)
+            machine.connect(
+                settings.connect,
+                run_dir=self.job.run,
+                cache_dir=settings.cache_dir,
+                disk_dir=self.job.path,
+            )
         )
         self._note_hypervisor()
         self.overlay = self._overlay(self.utility, "utility")
@@ -293,8 +310,9 @@ class _Guest:
         else:
             assert utility is not None
             input_image = vetted(self.order.input_image, imagefile.INPUT_IMAGE)
-        self.record.utility_image = _image_record(utility)
-        self.record.input_image = _image_record(input_image)
+        origin = self.origin
+        self.record.utility_image = _image_record(utility, origin.utility_image)
+        self.record.input_image = _image_record(input_image, origin.input_image)
         return utility, input_image
 
     def _note_hypervisor(self) -> None:
@@ -419,10 +437,10 @@ class _Guest:
     def _domain(self, disks: Sequence[Disk]) -> Domain:
         spec, system = self.spec, self.system
         return Domain(
-            name=f"koji-indirection-{uuid.uuid4().hex[:12]}",
+            name="-".join(filter(None, (NAME_PREFIX, self.label, uuid.uuid4().hex[:12]))),
             accel_kind=self.accel.kind,
             memory_bytes=spec.memory_bytes,
-            cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX),
+            cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX, self.settings.max_cpus),
             cpu_model=tcg_cpu_model(system.os_id, system.version_id),
             disks=disks,
             socket_dir=self.job.run,
@@ -456,6 +474,7 @@ class _Build(_Guest):
     ) -> None:
         super().__init__(order, settings, timeline, record)
         self.progress = progress
+        self.label, self.origin = order.label, order.origin
         self.output = order.output
         self.logs = order.output / LOGS
 
@@ -495,6 +514,9 @@ class _Build(_Guest):
                 deadlines=deadlines,
                 job_log=job_log,
                 console_log=console_log,
+                # And the sockets' directory: the embedded driver keeps qemu's log there.
+                disks=[self.job.run, *(disk.path for disk in domain.disks if not disk.readonly)],
+                max_disk_bytes=self.settings.max_disk_bytes,
                 on_output=self.progress.guest_output,
                 on_stage=self.timeline.enter,
             )
@@ -578,7 +600,7 @@ class _Build(_Guest):
         for image, future in checksums.items():
             for entry in (self.record.utility_image, self.record.input_image):
                 if entry is not None and entry.path == str(image.source):
-                    entry.sha256 = future.result()
+                    entry.sha256 = _checksum(image, future)
 
     def _changed_input(self) -> BuilderFault | None:
         """Why the results cannot be trusted: somebody wrote to an image while it was used."""
@@ -589,6 +611,18 @@ class _Build(_Guest):
                     "build from a file that nobody writes to",
                 )
         return None
+
+
+def _checksum(image: ImageFile, future: Future[str]) -> str:
+    """The build took longer than reading a file does: this waits for a slow disk at most."""
+    seconds = 600 + image.source.stat().st_size / 10_000_000
+    try:
+        return future.result(seconds)
+    except FutureTimeout:
+        raise BuilderFault(
+            f"{image.source} could not be read to its end within {seconds:.0f} s",
+            "see what is wrong with the disk or the server that it is on",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -605,6 +639,16 @@ def _checksums(images: set[ImageFile]) -> Iterator[dict[ImageFile, Future[str]]]
             cancelled.set()
 
 
+class LogFormatter(logging.Formatter):
+    """Lines of a log file, in which no password of a URL stands."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_passwords(super().format(record))
+
+
 class _QuietFileHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop a line that cannot be written: the full disk itself ends the build soon after."""
@@ -615,7 +659,7 @@ def _build_log(path: Path) -> Iterator[None]:
     """Write what the library logs, debug messages included, into a file."""
     logger = logging.getLogger(__package__)
     handler = _QuietFileHandler(path, mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
@@ -658,12 +702,13 @@ def _everybody_reads(path: Path) -> bool:
     )
 
 
-def _image_record(image: ImageFile) -> ImageRecord:
+def _image_record(image: ImageFile, koji: KojiRecord | None) -> ImageRecord:
     return ImageRecord(
         path=str(image.source),
         format=image.format,
         size_bytes=image.source.stat().st_size,
         virtual_size_bytes=image.virtual_size_bytes,
+        koji=koji,
     )
 
 

@@ -14,7 +14,7 @@ import shlex
 import signal
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -23,6 +23,7 @@ from .errors import BuilderFault
 log = logging.getLogger(__name__)
 
 _STDERR_BYTES = 64 * 1024  # its last part; a 5 MB qcow2 makes `qemu-img check` write gigabytes
+_STDOUT_BYTES = 16 * 1024 * 1024  # all of it, or the program is killed; debugfs writes 1 MB
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def run(
     env -- added to the inherited environment, which is pinned to the C locale.
     limits -- resource limits of the program.
 
-    Raises ProgramFailed for a non-zero exit or a passed deadline, and
+    Raises ProgramFailed for a non-zero exit, a passed deadline or endless output, and
     BuilderFault when the program is not installed. The program runs in a
     session of its own, so that a terminal's Ctrl-C reaches it only through us;
     at the deadline, or when we are interrupted, its process group is killed.
@@ -90,27 +91,34 @@ def run(
             f"{argv[0]} is not installed",
             "install it; `koji-indirection doctor` lists what is missing",
         ) from error
-    if limits is not None:
-        _set_limits(child.pid, limits)
-    assert child.stderr is not None
-    complaints = _Tail(child.stderr)
-    child.stderr = None  # communicate() would keep all of it in memory
-    try:
+    try:  # from the first moment on: an interrupt may come in any line
+        if limits is not None:
+            _set_limits(child.pid, limits)
+        assert child.stderr is not None
+        assert child.stdout is not None
+        complaints = _Tail(child.stderr)
+        answer = _Head(child.stdout, full=lambda: _kill(child))
+        child.stdout = child.stderr = None  # communicate() would keep all of it in memory
         data = None if input_text is None else input_text.encode()
-        stdout = child.communicate(data, timeout=timeout_seconds)[0]
+        child.communicate(data, timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
         _kill(child)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.communicate(timeout=1)  # a daemon that it left behind may hold the pipe
+            child.wait(timeout=1)  # it may hang in the kernel
         raise ProgramFailed(argv, None, complaints.text(), timeout_seconds) from None
     except BaseException:
         _kill(child)
-        child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=1)
         raise
+    stdout = answer.text()
+    said = complaints.text()
+    if answer.is_cut:
+        said = f"it wrote more than {_STDOUT_BYTES // 1024**2} MiB"
+        raise ProgramFailed(argv, -signal.SIGKILL, said, timeout_seconds)
     if child.returncode != 0:
-        raise ProgramFailed(argv, child.returncode, complaints.text(), timeout_seconds)
-    complaints.text()
-    return stdout.decode(errors="replace")
+        raise ProgramFailed(argv, child.returncode, said, timeout_seconds)
+    return stdout
 
 
 def _set_limits(pid: int, limits: Limits) -> None:
@@ -119,6 +127,32 @@ def _set_limits(pid: int, limits: Limits) -> None:
         resource.prlimit(pid, resource.RLIMIT_AS, (limits.address_space_bytes,) * 2)
         resource.prlimit(pid, resource.RLIMIT_CPU, (limits.cpu_seconds,) * 2)
         resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+
+
+class _Head:
+    """Reads a pipe to its end in a thread, and keeps it all, as long as that is not too much."""
+
+    def __init__(self, pipe: IO[bytes], *, full: Callable[[], None]) -> None:
+        self.is_cut = False
+        self._pipe = pipe
+        self._full = full
+        self._kept = bytearray()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with self._pipe:
+            while piece := os.read(self._pipe.fileno(), 65536):
+                self._kept += piece
+                if len(self._kept) > _STDOUT_BYTES:
+                    self.is_cut = True
+                    self._full()
+                    return
+
+    def text(self) -> str:
+        """What was written, once the program has ended."""
+        self._thread.join(timeout=1)  # a daemon that it left behind may hold the pipe
+        return self._kept.decode(errors="replace")
 
 
 class _Tail:

@@ -175,13 +175,13 @@ def _find_all(
             if len(found) > limits.number:
                 raise BuildFailed(
                     f"there are more results than the limit of {limits.number}",
-                    "--max-results allows more",
+                    "--max-results (max_results on a builder) allows more",
                 )
             if sum(found.values()) > limits.total_bytes:
                 raise BuildFailed(
                     f"the results are larger than the limit of {limits.total_bytes} bytes:"
                     f" {_shown(guest_path)} has {size_bytes}",
-                    "--max-result-size allows more",
+                    "--max-result-size (max_result_size on a builder) allows more",
                 )
     return found
 
@@ -308,7 +308,7 @@ def _what_is_there(appliance: Appliance, pattern: str) -> str:
     directory = posixpath.dirname(pattern.split("*")[0].split("?")[0].split("[")[0])
     while True:
         try:
-            names: list[str] = appliance.call("ls", directory)
+            names, complete = appliance.names(directory)
             break
         except ApplianceError as error:
             if directory == "/":
@@ -316,6 +316,7 @@ def _what_is_there(appliance: Appliance, pattern: str) -> str:
             directory = posixpath.dirname(directory)
     shown = ", ".join(printable(name, 100) for name in names[:_LISTED_NAMES])
     more = f" and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
+    more = more if complete else " and thousands more"
     return f"{directory} holds {shown or 'nothing'}{more}"
 
 
@@ -346,7 +347,12 @@ def _download_ends(
                 appliance.call("download_offset", path, str(piece), offset, half)
                 if offset:
                     left_out = size_bytes - 2 * half
-                    whole.write(f"\n[... {left_out} bytes left out here ...]\n".encode())
+                    mark = (
+                        f"\n[... {left_out} bytes left out here: the log is limited to"
+                        f" {limit_bytes} bytes, see --max-log-size (max_log_size on a"
+                        " builder) ...]\n"
+                    )
+                    whole.write(mark.encode())
                 whole.write(piece.read_bytes())
     finally:
         piece.unlink(missing_ok=True)

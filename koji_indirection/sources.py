@@ -2,21 +2,17 @@
 
 The hub's records and the server's data are not trusted: names become paths only
 after they were checked, and a file is used only after size and checksum are right.
-This module must never hold an image in memory, hand out a file that is not whole,
-or remove one that somebody uses. It imports on a plain client; koji and requests
-are imported where they are used.
+This module must never hold an image in memory. It imports on a plain client; koji and
+requests are imported where they are used. cache.py keeps what it fetches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import fnmatch
 import hashlib
 import logging
-import os
 import re
 import stat
 import time
@@ -27,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from .config import Download, Settings
+from .cache import Cache, cached
+from .config import Download
 from .errors import BuilderFault, BuildFailed, UsageError
-from .units import GIB, format_size
+from .units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +188,7 @@ def _find_build(session: HubSession, reference: Reference, what: str) -> dict[st
     if reference.tag is None:
         key = reference.build_id if reference.nvr is None else reference.nvr
         assert key is not None
-        build = _ask(session, "getBuild", key)
+        build = ask(session, "getBuild", key)
         if not build:
             raise UsageError(f"{what}: there is no such build", _HOW_TO_REFER)
         if build["state"] != _COMPLETE:
@@ -202,7 +199,7 @@ def _find_build(session: HubSession, reference: Reference, what: str) -> dict[st
     assert package is not None
     try:
         # "image": the package may have rpm builds too, and a later one would hide the image.
-        builds = _ask(session, "getLatestBuilds", tag, package=package, type="image")
+        builds = ask(session, "getLatestBuilds", tag, package=package, type="image")
     except _HubRefused as refusal:
         raise UsageError(f"{what}: {refusal}", "check the name of the tag") from None
     if not builds:
@@ -223,7 +220,7 @@ def _resolve_build(
     what: str,
 ) -> Source:
     what = what if reference.nvr else f"{what} ({_shown(build['nvr'])})"
-    archives = _ask(session, "listArchives", buildID=build["id"], type="image")
+    archives = ask(session, "listArchives", buildID=build["id"], type="image")
     if not archives:
         raise BuildFailed(
             f"{what}: the build has no image archives", "name an image build, not one of rpms"
@@ -281,7 +278,7 @@ def _resolve_task(
 ) -> Source:
     task_id = reference.task_id
     assert task_id is not None
-    task = _ask(session, "getTaskInfo", task_id)
+    task = ask(session, "getTaskInfo", task_id)
     if not task:
         raise UsageError(f"{what}: there is no such task", _HOW_TO_REFER)
     if task["state"] != _CLOSED:
@@ -290,7 +287,7 @@ def _resolve_task(
 
     candidates: list[_Candidate] = []
     # A task of several arches leaves its images with its children; one that can fail may have.
-    children = _ask(session, "getTaskChildren", task_id)
+    children = ask(session, "getTaskChildren", task_id)
     for one in [task, *sorted(children, key=lambda child: int(child["id"]))]:
         if one["state"] == _CLOSED:
             candidates += _outputs(session, one)
@@ -307,7 +304,7 @@ def _resolve_task(
     relpath = _relpath([*work, *task_path.split("/"), filename], what)
 
     log.info("%s: the hub computes the checksum of %s", what, chosen.shown())
-    upload = _ask(session, "checkUpload", task_path, filename, verify="sha256", volume=volume)
+    upload = ask(session, "checkUpload", task_path, filename, verify="sha256", volume=volume)
     if not upload:  # the task's directory keeps links to scratch files that are gone
         raise BuildFailed(
             f"{what}: {chosen.shown()} of task {owner} was deleted or has expired", _EXPIRED_HINT
@@ -333,7 +330,7 @@ def _resolve_task(
 
 def _outputs(session: HubSession, task: dict[str, Any]) -> list[_Candidate]:
     # Not stat=True: it is an error at the hub as soon as one link dangles.
-    output = _ask(session, "listTaskOutput", task["id"], all_volumes=True)
+    output = ask(session, "listTaskOutput", task["id"], all_volumes=True)
     task_arch = None if task.get("arch") in (None, "", "noarch") else task["arch"]
     return [
         _Candidate(name, _arch_in(name) or task_arch, {"task_id": task["id"], "volume": volumes[0]})
@@ -384,6 +381,7 @@ def _choose(
                 f"there is {_names(disks or candidates)}",
             )
     of_arch = [one for one in wanted if one.arch == arch]
+    of_arch = of_arch or [one for one in wanted if one.arch and _same_arch(one.arch, arch)]
     of_arch = of_arch or [one for one in wanted if one.arch is None]
     if not of_arch:
         arches = ", ".join(sorted({_plain(str(one.arch)) for one in wanted}))
@@ -397,6 +395,13 @@ def _choose(
             f"pick one with {option} GLOB",
         )
     return of_arch[0]
+
+
+def _same_arch(one: str, other: str) -> bool:
+    """As Koji sees it: an image for i386 is one for i686."""
+    import koji  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    return bool(koji.canonArch(one) == koji.canonArch(other))
 
 
 def _is_disk(name: str) -> bool:
@@ -429,7 +434,7 @@ class _HubRefused(BuilderFault):
     """The hub answered with koji.GenericError itself, which is how it says "no such thing"."""
 
 
-def _ask(session: HubSession, name: str, *args: Any, **kwargs: Any) -> Any:
+def ask(session: HubSession, name: str, *args: Any, **kwargs: Any) -> Any:
     """Call the hub; whatever it raises becomes one sentence."""
     try:
         import koji  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -498,327 +503,6 @@ def _checked(source: Source, what: str) -> Source:
     return dataclasses.replace(source, size_bytes=size, checksum=checksum)
 
 
-# --- the cache --------------------------------------------------------------------------------
-
-_WAIT_SECONDS = 0.2
-_ENTRY_NAME = re.compile(r"(md5|sha1|sha256)-[0-9a-f]+(-[0-9]+)?", re.ASCII)
-_PART_NAME = re.compile(rf"(?P<key>{_ENTRY_NAME.pattern})\.(?P<size>[0-9]+)\.part", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Fetched images on this machine, shared by all its tasks.
-
-    directory -- made when missing; nothing else lives in it.
-    max_bytes -- of all images together, those in use included.
-    keep_free_bytes -- what is left free on the file system.
-    verify -- compare an image's checksum at each use, not only when it is fetched. Without
-    it, an image whose size is right is taken for whole: it was fsynced before it got its
-    name and is read-only, so only a failing disk or an administrator changes it.
-
-    In the directory are, for an image KEY (kind of checksum and checksum):
-    KEY -- the image, whole and verified; never written to.
-    KEY.SIZE.part -- being fetched, by whoever has the lock exclusively.
-    KEY.lock -- flock: shared while the image is used, exclusive while it is fetched or
-    removed; its mtime is when the image was used last.
-    lock -- flock: exclusive while room is made.
-    The kernel drops the locks of a process that dies, so what it left is told apart.
-    """
-
-    directory: Path
-    max_bytes: int = 50 * GIB
-    keep_free_bytes: int = 2 * GIB
-    verify: bool = False
-
-    @classmethod
-    def of(cls, settings: Settings) -> Cache:
-        """The cache that a machine's settings describe."""
-        return cls(
-            settings.cache_dir / "images",
-            settings.max_cache_bytes,
-            settings.cache_keep_free_bytes,
-            settings.cache_verify,
-        )
-
-
-Fill = Callable[[IO[bytes]], None]
-
-
-@contextlib.contextmanager
-def _cached(cache: Cache, source: Source, fill: Fill, timeout_seconds: float) -> Iterator[Path]:
-    """The image's file in the cache, filled first if it is not there; held while it is used."""
-    key, directory = _key(source), cache.directory
-    try:
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            lock = _hold(cache, source, key, fill, timeout_seconds)
-            stack.callback(os.close, lock)
-            os.utime(lock)
-            path = directory / key
-            stack.callback(_suppressing_oserror, os.utime, lock)
-            held = stack.pop_all()
-    except OSError as error:
-        raise _cache_fault(directory, error) from error
-    with held:
-        yield path
-
-
-def _suppressing_oserror(function: Callable[[int], None], argument: int) -> None:
-    with contextlib.suppress(OSError):
-        function(argument)
-
-
-def _key(source: Source) -> str:
-    key = f"{source.checksum_name}-{source.checksum}"
-    # Anybody can make two files of one MD5 or SHA-1; they must not stand in for each other.
-    weak = source.checksum_type != 2
-    return f"{key}-{source.archive_id}" if weak and source.archive_id is not None else key
-
-
-def _hold(cache: Cache, source: Source, key: str, fill: Fill, timeout_seconds: float) -> int:
-    """A shared lock on the image, which is there and whole."""
-    path, lock_path = cache.directory / key, cache.directory / f"{key}.lock"
-    give_up = time.monotonic() + timeout_seconds
-    verified, damaged, said = not cache.verify, False, False
-    while True:
-        lock = None if damaged else _try_lock(lock_path, fcntl.LOCK_SH)
-        if lock is not None:
-            with _closing_on_error(lock):
-                if _is_whole(path, source.size_bytes):
-                    if verified or _has_checksum(path, source):
-                        return lock
-                    log.warning("%s is damaged in the cache, fetching it again", source)
-                    damaged = True
-            os.close(lock)
-        lock = _try_lock(lock_path, fcntl.LOCK_EX)
-        if lock is not None:
-            try:
-                if damaged or not _is_whole(path, source.size_bytes):
-                    _fetch_into(cache, source, key, fill)
-                    verified, damaged = True, False
-            finally:
-                # Not turned into a shared lock: flock() does that by letting go first anyway.
-                os.close(lock)
-            continue
-        if not said:
-            log.info("%s: waiting for another task that fetches it", source)
-            said = True
-        if time.monotonic() > give_up:
-            raise BuilderFault(
-                f"{source}: another process has been fetching it for too long",
-                f"see which one holds {lock_path}",
-            )
-        time.sleep(_WAIT_SECONDS)
-
-
-def _fetch_into(cache: Cache, source: Source, key: str, fill: Fill) -> None:
-    """Fill a temporary file and give it its name; the caller has the exclusive lock."""
-    path = cache.directory / key
-    part = cache.directory / f"{key}.{source.size_bytes}.part"
-    if path.exists():
-        log.warning("%s in the cache is not what it should be: dropped", source)
-        path.unlink()
-    _make_room(cache, source, key, part)
-    try:
-        with part.open("r+b") as file:
-            fill(file)
-            file.flush()
-            os.fchmod(file.fileno(), 0o444)  # qemu may run as another user
-            os.fsync(file.fileno())
-        part.rename(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    directory = os.open(cache.directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-class _Entry(NamedTuple):
-    used: float
-    path: Path
-    size_bytes: int
-    disk_bytes: int
-
-
-def _make_room(cache: Cache, source: Source, key: str, part: Path) -> None:
-    """Sweep what dead processes left, evict what was not used longest, reserve with an empty part.
-
-    Nothing is evicted when even that would not be enough.
-    """
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, _lock(cache.directory / "lock"))
-        entries, reserved, pending = _survey(cache.directory, key)
-        filesystem = os.statvfs(cache.directory)
-        free = filesystem.f_bavail * filesystem.f_frsize
-        size = source.size_bytes
-        too_much = sum(one.size_bytes for one in entries) + reserved + size - cache.max_bytes
-        too_little = cache.keep_free_bytes + pending + size - free
-
-        victims: list[_Entry] = []
-        for entry in sorted(entries):
-            if too_much <= 0 and too_little <= 0:
-                break
-            lock = _try_lock(_lock_path(entry.path), fcntl.LOCK_EX)
-            if lock is not None:
-                stack.callback(os.close, lock)
-                victims.append(entry)
-                too_much -= entry.size_bytes
-                too_little -= entry.disk_bytes
-        if too_much > 0:
-            raise BuilderFault(
-                f"{source} ({format_size(size)}) does not fit into the image cache of"
-                f" {format_size(cache.max_bytes)}, whose other images are in use"
-                if reserved or len(victims) < len(entries)
-                else f"{source} ({format_size(size)}) does not fit into the image cache of"
-                f" {format_size(cache.max_bytes)}",
-                "raise max_size in the configuration's [cache]",
-            )
-        if too_little > 0:
-            raise BuilderFault(
-                f"no room for {source}: {format_size(size)} and {format_size(too_little)} more"
-                f" than there is once {format_size(cache.keep_free_bytes)} are kept free",
-                f"free some space on the file system of {cache.directory}",
-            )
-        for entry in victims:
-            log.info("cache: dropping %s (%s)", entry.path.name, format_size(entry.size_bytes))
-            entry.path.unlink()
-            _lock_path(entry.path).unlink(missing_ok=True)
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-
-
-def _survey(directory: Path, own_key: str) -> tuple[list[_Entry], int, int]:
-    """Images; bytes that fetches under way reserved, and how many of these are still to come.
-
-    Removes parts and lock files that belong to nobody. Under the cache's lock.
-    """
-    entries, reserved, pending = [], 0, 0
-    names = sorted(os.listdir(directory))  # noqa: PTH208 - names are all that is wanted
-    for name in names:
-        path = directory / name
-        match = _PART_NAME.fullmatch(name)
-        try:
-            status = path.lstat()
-            if match and (match["key"] == own_key or _is_free(directory / f"{match['key']}.lock")):
-                log.info("cache: sweeping %s, whose process is gone", name)
-                path.unlink()
-            elif match:
-                reserved += int(match["size"])
-                pending += max(0, int(match["size"]) - status.st_blocks * 512)
-            elif _ENTRY_NAME.fullmatch(name):
-                entries.append(
-                    _Entry(_last_used(path), path, status.st_size, status.st_blocks * 512)
-                )
-            elif name.endswith(".lock") and name[: -len(".lock")] not in names:
-                _remove_lock(path)
-        except FileNotFoundError:
-            # A fetch ended while we looked, most likely well.
-            reserved += int(match["size"]) if match else 0
-    return entries, reserved, pending
-
-
-def _last_used(path: Path) -> float:
-    try:
-        return _lock_path(path).stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.lock")
-
-
-def _is_free(lock_path: Path) -> bool:
-    lock = _try_lock(lock_path, fcntl.LOCK_EX)
-    if lock is not None:
-        os.close(lock)
-    return lock is not None
-
-
-def _remove_lock(lock_path: Path) -> None:
-    lock = _try_lock(lock_path, fcntl.LOCK_EX)
-    if lock is not None:
-        try:
-            # Its image may have come since the names were listed.
-            if not lock_path.with_suffix("").exists():
-                lock_path.unlink(missing_ok=True)
-        finally:
-            os.close(lock)
-
-
-def _try_lock(path: Path, operation: int) -> int | None:
-    """A descriptor that holds the lock, or None when others hold it.
-
-    Lock files get removed, by who has them locked; so the one that was locked
-    must still be the one that has the name.
-    """
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        with _closing_on_error(lock):
-            try:
-                fcntl.flock(lock, operation | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                return None
-            if _has_name(lock, path):
-                return lock
-        os.close(lock)
-
-
-def _lock(path: Path) -> int:
-    """Wait for the lock of the cache, which nobody holds for long or removes."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    with _closing_on_error(lock):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
-
-
-@contextlib.contextmanager
-def _closing_on_error(descriptor: int) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def _has_name(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
-
-
-def _is_whole(path: Path, size_bytes: int) -> bool:
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_size == size_bytes
-
-
-def _has_checksum(path: Path, source: Source) -> bool:
-    digest = hashlib.new(source.checksum_name, usedforsecurity=False)
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest() == source.checksum
-
-
-def _cache_fault(directory: Path, error: OSError) -> BuilderFault:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BuilderFault(
-            f"no space left for fetched images in {directory}",
-            "free some; keep_free and max_size in the configuration's [cache] prevent it",
-        )
-    return BuilderFault(
-        f"the image cache {directory} cannot be used: {error.strerror or error}",
-        "check the directory; cache_dir in the configuration names another one",
-    )
-
-
 # --- fetching ---------------------------------------------------------------------------------
 
 Progress = Callable[[int, int], None]
@@ -861,7 +545,7 @@ def fetch(
         transfer = _Transfer(source, source.url(topurl), file, options, deadline, progress)
         transfer.run()
 
-    with _cached(cache, source, fill, options.total_timeout_seconds) as path:
+    with cached(cache, source, fill, options.total_timeout_seconds) as path:
         yield path
 
 

@@ -10,22 +10,32 @@ from __future__ import annotations
 
 import configparser
 import dataclasses
-import difflib
 import json
-import optparse
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from .config import yes_or_no
 from .errors import BuildFailed, IndirectionError, UsageError
+from .localrun import Here, Hub, LocalOrder, inputs_of, read_template, require_target, template_in
+from .options import (
+    BUILD_FIELDS,
+    GROUPS,
+    NAMES,
+    REPLACES,
+    Layer,
+    read,
+    read_command_line,
+    suggestion,
+)
 from .sources import HubSession, Reference, Source, resolve
-from .spec import DEFAULT_INPUT_FILENAME, DEFAULT_RESULT, BuildSpec
-from .taskspec import ACCELERATORS, TaskSpec
+from .taskspec import TaskSpec
 from .template import load
-from .units import format_duration, format_size, parse_duration, parse_size
+from .units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from .config import Settings
+    from .kojibuild import Inputs
 
 COMMAND = "indirection-build"
 SECTIONS = (COMMAND, "image-build-indirection")
@@ -35,246 +45,8 @@ _FOREIGN_SECTIONS = ("image-build", "factory-parameters", "ova-options")
 # Below PRIO_DEFAULT of Koji; what all its commands mean by --background.
 BACKGROUND_PRIORITY = 5
 
-# --- how a value is read ----------------------------------------------------------------------
-
-
-def _whole_number(text: str) -> int:
-    if not re.fullmatch("-?[0-9]{1,9}", text, re.ASCII):
-        raise UsageError(f"{text[:80]!r} is not a whole number", "write digits only")
-    return int(text)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in re.split(r"[\s,]+", text) if word)
-
-
-def _lines(text: str) -> tuple[str, ...]:
-    """One path a line: a path may have spaces and commas in it."""
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
-def _reference(text: str) -> str:
-    return Reference.parse(text).text
-
-
-def _old_build(text: str) -> str:
-    """An NVR or the ID of a build."""
-    return _reference(f"build:{text}" if text.isdigit() else text)
-
-
-def _old_task(text: str) -> str:
-    return _reference(text if text.startswith("task:") else f"task:{text}")
-
-
-def _old_results(text: str) -> tuple[str, ...]:
-    """One path; it always was below the workspace's root, with or without a slash."""
-    return (f"/{text.lstrip('/')}",)
-
-
-# --- the options ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option of the command line, and by the same name a key in a config file.
-
-    flag, metavar, help -- as --help shows them; without a metavar it is yes or no.
-    field -- of the task spec, the build spec or the request.
-    read -- the text's meaning; raises UsageError. Of a tuple several may be given.
-    opposite -- the flag that says no.
-    """
-
-    flag: str
-    metavar: str
-    help: str
-    field: str
-    read: Callable[[str], Any] = str
-    opposite: str = ""
-
-    @property
-    def repeatable(self) -> bool:
-        return self.read in (_words, _lines)
-
-
-def _flag(flag: str, help_: str, *, opposite: str = "") -> Option:
-    name = flag[2:]
-    field = name.replace("-", "_")
-    return Option(flag, "", help_, field, yes_or_no, opposite or f"--no-{name}")
-
-
-_BUILD = BuildSpec()
-
-GROUPS: Mapping[str, Sequence[Option]] = {
-    "What to build": (
-        Option("--config", "FILE", "take options from an ini file; others given override it",
-               "config"),
-        Option("--target", "TARGET", "build target, as the first argument", "target"),
-        Option("--name", "NAME", "name of the image build, as the second", "name"),
-        Option("--version", "VERSION", "its version, as the third", "version"),
-        Option("--release", "RELEASE", "its release (default: the next one)", "release"),
-        Option("--arch", "ARCH", "arch to build for; repeatable", "arches", _words),
-        Option("--can-fail", "ARCH,...", "arches that may fail without failing the build",
-               "can_fail", _words),
-        _flag("--scratch", "make no build, keep the results for a while only"),
-        _flag("--skip-tag", "do not tag the build"),
-    ),
-    "Images": (
-        Option("--input-image", "REF", "image that is worked on: NVR, build:ID, task:ID or"
-               " latest:PACKAGE@TAG (inherited)", "input_image", _reference),
-        Option("--input-archive", "GLOB", "its file, where the build has several disks for an"
-               " arch", "input_archive"),
-        Option("--utility-image", "REF", "image that is booted, with the tools (default: the"
-               " input image)", "utility_image", _reference),
-        Option("--utility-archive", "GLOB", "its file", "utility_archive"),
-    ),
-    "Template": (
-        Option("--template", "FILE", "partial TDL document with the commands: a local file, which"
-               " is uploaded (many hubs take one for scratch builds only), or with"
-               " --template-scm a path in the checkout", "template"),
-        Option("--template-scm", "URL#REF", "where the builder checks the template out from",
-               "template_scm"),
-    ),
-    "What is collected": (
-        Option("--results", "PATH_OR_GLOB", "a result in the workspace; repeatable (default:"
-               f" {DEFAULT_RESULT})", "results", _lines),
-        Option("--collect-log", "PATH", "a log in the workspace or the guest's root, fetched after"
-               " failures too; repeatable", "collect_logs", _lines),
-    ),
-    "The guest": (
-        Option("--input-filename", "PATH", "the input image's file in the workspace (default:"
-               f" {DEFAULT_INPUT_FILENAME})", "input_filename"),
-        Option("--input-device", "DEVICE", "hand over the input image as a read-only disk (vdc),"
-               " not as a file", "input_device"),
-        _flag("--input-writable", "with --input-device: make it a throw-away writable copy"),
-        Option("--workspace-device", "DEVICE", "the workspace's disk (default:"
-               f" {_BUILD.workspace_device})", "workspace_device"),
-        Option("--workspace-size", "SIZE", "such as 30G (default:"
-               f" {format_size(_BUILD.workspace_size_bytes)})", "workspace_size_bytes",
-               parse_size),
-        Option("--workspace-fs", "TYPE", f"ext4, ext2 or xfs (default: {_BUILD.workspace_fs})",
-               "workspace_fs"),
-        Option("--cpus", "N", "(default: all of the builder's, up to 4)", "cpus", _whole_number),
-        Option("--memory", "SIZE", f"such as 4G (default: {format_size(_BUILD.memory_bytes)})",
-               "memory_bytes", parse_size),
-        Option("--network", "NAME", "user (NAT) or a libvirt network, if the builder allows it"
-               " (default: none)", "network"),
-        Option("--repo", "URL", "package repository that the guest has for the time of the job;"
-               " repeatable", "repos", _lines),
-        Option("--accel", "|".join(ACCELERATORS), "what it runs on (default: auto: KVM where it"
-               " works)", "accel"),
-    ),
-    "Deadlines, such as 90s, 15m or 4h": (
-        Option("--timeout", "TIME", "all commands together (default:"
-               f" {format_duration(_BUILD.job_timeout_seconds)})", "job_timeout_seconds",
-               parse_duration),
-        Option("--command-timeout", "TIME", "each command (default: as long as the job may take)",
-               "command_timeout_seconds", parse_duration),
-        Option("--boot-timeout", "TIME", "until the job starts", "boot_timeout_seconds",
-               parse_duration),
-        Option("--shutdown-timeout", "TIME", "from the job's end", "shutdown_timeout_seconds",
-               parse_duration),
-    ),
-    "The task": (
-        _flag("--background", "run the task at a lower priority"),
-        Option("--priority", "N", "the task's priority, relative to the default: lower ones are"
-               " run sooner, and negative ones are for administrators", "priority", _whole_number),
-        _flag("--wait", "wait for the task's end (default: unless this runs in the background)",
-              opposite="--nowait"),
-        _flag("--dry-run", "print the spec and the images it would use, and make no task"),
-    ),
-    "What is shown": (
-        _flag("--noprogress", "no progress of the upload", opposite="--progress"),
-        _flag("--quiet", "errors only, and with --nowait the task's id"),
-        _flag("--json", "print the task's id and its build as JSON; the rest goes to standard"
-              " error"),
-    ),
-    "Names from image-build-indirection": (
-        Option("--base-image-build", "NVR_OR_ID", "see --input-image", "input_image", _old_build),
-        Option("--base-image-task", "ID", "see --input-image", "input_image", _old_task),
-        Option("--utility-image-build", "NVR_OR_ID", "see --utility-image", "utility_image",
-               _old_build),
-        Option("--utility-image-task", "ID", "see --utility-image", "utility_image", _old_task),
-        Option("--indirection-template", "FILE", "see --template", "old_template"),
-        Option("--indirection-template-url", "URL#REF", "see --template-scm", "template_scm"),
-        Option("--results-loc", "PATH", "see --results", "results", _old_results),
-    ),
-}  # fmt: skip
-
-OPTIONS = tuple(option for group in GROUPS.values() for option in group)
-
-# An option's name, in a file as `collect_log` or `collect-log` -> the option, and whether it
-# says no.
-_NAMES: dict[str, tuple[Option, bool]] = {
-    flag[2:].replace("-", "_"): (option, no)
-    for option in OPTIONS
-    for flag, no in ((option.flag, False), (option.opposite, True))
-    if flag
-}
-_BUILD_FIELDS = tuple(field.name for field in dataclasses.fields(BuildSpec))
-_BUILD_NAMES = tuple(name for name, (one, _) in _NAMES.items() if one.field in _BUILD_FIELDS)
-_FILE_NAMES = tuple(name for name in _NAMES if name != "config")
-
-# Who gives the first on the command line does not want the others from the file.
-_REPLACES: Mapping[str, tuple[str, ...]] = {
-    "input_filename": ("input_device", "input_writable", "workspace_device"),
-    "input_device": ("input_filename",),
-    "template": ("old_template",),
-    "old_template": ("template",),
-    "background": ("priority",),
-    "priority": ("background",),
-}
-
-# Field -> value; None where somebody has asked for the default with an empty value.
-_Layer = dict[str, Any]
-
-
-def _read(given: Iterable[tuple[str, str]], shown: Callable[[str], str]) -> _Layer:
-    """Fields from options' names and texts.
-
-    shown -- how a name is called in messages.
-    Raises UsageError for a text of the wrong type, and for two names of one field.
-    """
-    layer: _Layer = {}
-    names: dict[str, str] = {}
-    for name, text in given:
-        option, no = _NAMES[name]
-        field = option.field
-        if not text.strip():
-            if names.get(field) == name:
-                layer[field] = None  # taken back
-            layer.setdefault(field, None)
-            continue
-        if names.setdefault(field, name) != name and option.metavar:
-            raise UsageError(
-                f"{shown(names[field])} and {shown(name)} are both given, and mean the same",
-                "leave one of them out",
-            )
-        try:
-            value = option.read(text.strip())
-        except UsageError as error:
-            raise UsageError(f"{shown(name)}: {error.message}", error.hint) from None
-        if no:
-            value = not value
-        if option.repeatable:
-            value = (layer.get(field) or ()) + value
-        layer[field] = value
-    for one, other in (("template", "old_template"), ("background", "priority")):
-        if layer.get(one) and layer.get(other) is not None:
-            raise UsageError(
-                f"{shown(names[one])} and {shown(names[other])} are both given",
-                "leave one of them out",
-            )
-    return layer
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    # "workspace" means a key with more to it.
-    close = [one for one in known if one.startswith(name)] if len(name) > 2 else []
-    close = close or difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"did you mean {' or '.join(repr(one) for one in close)}?"
-    return f"there are: {', '.join(known)}"
-
+_BUILD_NAMES = tuple(name for name, (one, _) in NAMES.items() if one.field in BUILD_FIELDS)
+_FILE_NAMES = tuple(name for name in NAMES if name != "config")
 
 # --- config files -----------------------------------------------------------------------------
 
@@ -283,8 +55,8 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
 class _File:
     """What a config file says: for all arches, and for single ones."""
 
-    layer: _Layer
-    arches: Mapping[str, _Layer]
+    layer: Layer
+    arches: Mapping[str, Layer]
 
 
 class _Parser(configparser.ConfigParser):
@@ -315,7 +87,7 @@ def _read_file(path: Path) -> _File:
             continue
         raise UsageError(
             f"{path}: there is no section [{section}]",
-            _suggestion(section, [*SECTIONS, f"{COMMAND}:ARCH"]),
+            suggestion(section, [*SECTIONS, f"{COMMAND}:ARCH"]),
         )
     found = [section for section in SECTIONS if parser.has_section(section)]
     if len(found) != 1:
@@ -324,7 +96,7 @@ def _read_file(path: Path) -> _File:
             f" {'and' if found else 'nor'} one [{SECTIONS[1]}]",
             f"put all options into [{SECTIONS[0]}]",
         )
-    arches: dict[str, _Layer] = {}
+    arches: dict[str, Layer] = {}
     for section in parser.sections():
         name, colon, arch = section.partition(":")
         if name == COMMAND and colon:
@@ -334,7 +106,7 @@ def _read_file(path: Path) -> _File:
 
 def _section(
     parser: configparser.ConfigParser, section: str, known: Sequence[str], path: Path
-) -> _Layer:
+) -> Layer:
     def shown(name: str) -> str:
         return f"{path}: [{section}] {name}"
 
@@ -346,12 +118,12 @@ def _section(
             if key not in known or section not in SECTIONS:
                 continue
         elif key not in known:
-            if key in _NAMES and section not in SECTIONS:
+            if key in NAMES and section not in SECTIONS:
                 raise UsageError(
                     f"{shown(key)} cannot differ between arches", f"move it to [{SECTIONS[0]}]"
                 )
             raise UsageError(
-                f"{path}: [{section}] has no key {key!r}", _suggestion(key, list(known))
+                f"{path}: [{section}] has no key {key!r}", suggestion(key, list(known))
             )
         try:
             given.append((key, parser.get(section, key) or ""))
@@ -360,60 +132,23 @@ def _section(
                 f"{shown(key)}: {' '.join(str(error).split())}",
                 "%(NAME)s stands for another key's value; write %% for a percent sign",
             ) from None
-    return _read(given, shown)
+    return read(given, NAMES, shown)
 
 
 # --- the command line -------------------------------------------------------------------------
 
 
-class _OptionParser(optparse.OptionParser):
-    def error(self, msg: str) -> NoReturn:
-        match = re.fullmatch(r"no such option: (--\S+)", msg)
-        flags = [flag for one in OPTIONS for flag in (one.flag, one.opposite) if flag]
-        close = difflib.get_close_matches(match.group(1), flags, n=1) if match else []
-        hint = f"did you mean {close[0]}?" if close else f"see koji {COMMAND} --help"
-        raise UsageError(msg, hint)
-
-
-def _option_parser() -> _OptionParser:
-    """A parser that leaves all values as they were typed in values.given."""
-    parser = _OptionParser(
-        usage=f"%prog {COMMAND} [options] TARGET NAME VERSION\n"
-        f"       %prog {COMMAND} --config FILE [options]\n"
-        "(Specify the --help global option for a list of other help options)",
+def _read_options(arguments: Sequence[str]) -> Layer:
+    layer, positional = read_command_line(
+        COMMAND,
+        arguments,
+        GROUPS,
+        usages=("[options] TARGET NAME VERSION", "--config FILE [options]"),
         description="Boot a throw-away copy of the utility image on a builder, hand it the input"
         " image, run the template's commands in it, and make an image build of the results.",
         epilog="An empty value means the default. The exit status is that of the task: 0 when it"
         " has succeeded. Usage errors exit with 2.",
     )
-    parser.set_defaults(given=None)
-    for title, options in GROUPS.items():
-        group = parser.add_option_group(title)
-        for option in options:
-            kind: dict[str, Any] = {"action": "callback", "help": option.help}
-            if option.metavar:
-                kind.update(type="string", metavar=option.metavar, callback=_take_value)
-                group.add_option(option.flag, **kind)
-            else:
-                group.add_option(option.flag, option.opposite, callback=_take_flag, **kind)
-    return parser
-
-
-def _take(parser: Any, flag: str, text: str) -> None:
-    parser.values.given = [*(parser.values.given or ()), (flag[2:].replace("-", "_"), text)]
-
-
-def _take_value(_option: Any, flag: str, text: str, parser: Any) -> None:
-    _take(parser, flag, text)
-
-
-def _take_flag(_option: Any, flag: str, _text: None, parser: Any) -> None:
-    _take(parser, flag, "true")
-
-
-def _read_options(arguments: Sequence[str]) -> _Layer:
-    values, positional = _option_parser().parse_args(list(arguments))
-    layer = _read(values.given or (), lambda name: "--" + name.replace("_", "-"))
     if len(positional) not in (0, 3):
         raise UsageError(
             f"{len(positional)} of three arguments are given"
@@ -438,6 +173,7 @@ class Request:
     template_file -- to be uploaded as spec.template into spec.template_upload; or None.
     priority -- relative to the default; None is the default.
     wait -- None where the user has not said.
+    here -- set for a build on this machine, of the spec's only arch; no task is made.
     """
 
     spec: TaskSpec
@@ -445,6 +181,7 @@ class Request:
     priority: int | None = None
     wait: bool | None = None
     dry_run: bool = False
+    here: Here | None = None
     noprogress: bool = False
     quiet: bool = False
     json: bool = False
@@ -460,7 +197,7 @@ def request_from(arguments: Sequence[str], *, upload_dir: str) -> Request:
     options = _read_options(arguments)
     config = options.pop("config", None)
     file = _read_file(Path(config)) if config else _File({}, {})
-    overridden = set(options) | {name for one in options for name in _REPLACES.get(one, ())}
+    overridden = set(options) | {name for one in options for name in REPLACES.get(one, ())}
     layer = {**{k: v for k, v in file.layer.items() if k not in overridden}, **options}
     values = {key: value for key, value in layer.items() if value is not None}
 
@@ -485,7 +222,8 @@ def request_from(arguments: Sequence[str], *, upload_dir: str) -> Request:
             values.setdefault("utility_archive", values["input_archive"])
     template_file = _template(values, upload_dir)
     _require(values)
-    build = {name: values.pop(name) for name in _BUILD_FIELDS if name in values}
+    here = _here(values, options)
+    build = {name: values.pop(name) for name in BUILD_FIELDS if name in values}
     asked = {
         field.name: values.pop(field.name)
         for field in dataclasses.fields(Request)
@@ -505,8 +243,36 @@ def request_from(arguments: Sequence[str], *, upload_dir: str) -> Request:
         }
     )
     if template_file is not None:
-        load(template_file).require_network(spec.build.network)
-    return Request(spec=spec, template_file=template_file, **asked)
+        template = load(template_file)
+        for arch in spec.arches:
+            template.require_network(spec.build_for(arch).network)
+    return Request(spec=spec, template_file=template_file, here=here, **asked)
+
+
+_HERE_FIELDS = tuple(field.name for field in dataclasses.fields(Here))
+
+
+def _here(values: dict[str, Any], options: Layer) -> Here | None:
+    """Take what --local means out of the values; None for a build by a builder."""
+    own = {name: values.pop(name) for name in _HERE_FIELDS if name in values}
+    if not values.pop("local", False):
+        for name in _HERE_FIELDS:
+            if options.get(name):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is given without --local",
+                    "it is for builds on this machine",
+                )
+        return None
+    if values.get("dry_run"):
+        raise UsageError("--dry-run and --local are both given", "leave one of them out")
+    if "output" not in own:
+        raise UsageError("--local is given without --output", "name a new directory with it")
+    arches = values["arches"]
+    if len(arches) > 1:
+        raise UsageError(
+            f"--local builds for one arch, not for {' and '.join(arches)}", "choose one with --arch"
+        )
+    return Here(**own)
 
 
 def _still_wanted(
@@ -616,7 +382,9 @@ def dry_run_text(request: Request, inputs: Sequence[ArchInputs]) -> str:
             lines.append(f"  this arch will fail, as it may: {one.problem}")
         for source in (one.input_image, one.utility_image):
             if source is not None:
-                owner = f"build:{source.build_id}" if source.build_id else f"task:{source.task_id}"
+                owner = f"task:{source.task_id}"
+                if source.build_id is not None:
+                    owner = f"build:{source.build_id}, archive {source.archive_id}"
                 lines += [
                     f"  {source.role}: {source} ({owner})",
                     f"    {format_size(source.size_bytes)},"
@@ -654,6 +422,28 @@ def _inputs_record(inputs: ArchInputs) -> dict[str, Any]:
         source = getattr(inputs, name)
         record[name] = {**dataclasses.asdict(source), "checksum_type": source.checksum_name}
     return record
+
+
+# --- builds on this machine -------------------------------------------------------------------
+
+
+def local_order(hub: Hub, request: Request) -> LocalOrder:
+    """What the request's task would build, to be built here."""
+    spec = request.spec
+    (arch,) = spec.arches
+    require_target(hub.session, spec)
+
+    def find_inputs(_settings: Settings, directory: Path) -> Inputs:
+        if request.template_file is not None:
+            text, source = read_template(request.template_file), str(request.template_file)
+        else:
+            assert spec.template_scm is not None
+            text, source = template_in(spec.template_scm, spec.template, directory)
+        (found,) = resolve_inputs(hub.session, dataclasses.replace(spec, can_fail=()))
+        images = [one for one in (found.input_image, found.utility_image) if one is not None]
+        return inputs_of(hub, spec, text, source, images, tag_repo=spec.tag_repo)
+
+    return LocalOrder(spec, arch, spec.build_for(arch), find_inputs)
 
 
 # --- how it ended -----------------------------------------------------------------------------

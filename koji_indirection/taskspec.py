@@ -150,6 +150,11 @@ SCHEMA: dict[str, Any] = {
         ),
         "scratch": _flag("Scratch build", "The results are kept for a while, as no build."),
         "skip_tag": _flag("Do not tag", "The build is not tagged into the target's destination."),
+        "tag_repo": _flag(
+            "Build tag's repository",
+            "The guest has the repository of the target's build tag, besides those of the build "
+            "spec, for the time of the job. It needs a network.",
+        ),
         "accel": {
             "title": "Accelerator",
             "description": "What the guest runs on: kvm, tcg (slow), or kvm where it works.",
@@ -243,6 +248,7 @@ class TaskSpec:
     template_upload: str | None = None
     scratch: bool = False
     skip_tag: bool = False
+    tag_repo: bool = False
     accel: str = "auto"
     build: BuildSpec = field(default_factory=BuildSpec)
     arch_build: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
@@ -261,8 +267,14 @@ class TaskSpec:
         _check_arches(self)
         _check_strings(self)
         _check_template(self)
-        for arch in self.arch_build:
-            self.build_for(arch)
+        for arch in self.arches:
+            build = self.build_for(arch)
+            if self.tag_repo and build.network is None:
+                raise UsageError(
+                    f"task spec: tag_repo is set, but the guest for {arch} has no network to"
+                    " reach the repository",
+                    "set network to user, or to the name of a libvirt network",
+                )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TaskSpec:
@@ -303,6 +315,12 @@ class TaskSpec:
             for arch, partial in self.arch_build.items()
         }
         return out
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """What the arches ask for, each once, in their order; NO_NETWORK for no network."""
+        asked = (self.build_for(arch).network or _spec.NO_NETWORK for arch in self.arches)
+        return tuple(dict.fromkeys(asked))
 
     def build_for(self, arch: str) -> BuildSpec:
         """The build spec of one arch: build, and what arch_build says otherwise."""
@@ -460,6 +478,14 @@ def _check_template(spec: TaskSpec) -> None:
         raise UsageError(
             f"task spec: template_scm and template_upload are {both}",
             "the template comes from source control or is uploaded: give one of them",
+        )
+    # Koji takes what is between ? and # for a directory in the checkout.
+    _, _, module = (spec.template_scm or "").partition("#")[0].partition("?")
+    if ".." in module.split("/"):
+        raise UsageError(
+            f"task spec: template_scm is {shown(spec.template_scm)}, "
+            "which leads out of its checkout",
+            "name a directory of the repository after the ?",
         )
     parts = spec.template.split("/")
     if any(part in ("", ".", "..") for part in parts):

@@ -564,6 +564,13 @@ def _repository_url(reader: _Reader, element: _Element, name: str, url: str) -> 
     problem = repository_problem(url)
     if problem is not None:
         reader.fail(element, f"{what} {problem[0]}", problem[1])
+    if has_credentials(url):
+        reader.fail(
+            element,
+            f"{what} has an address with a user name or password in it: "
+            "a template is kept, and everybody can read it",
+            "use a repository that needs none",
+        )
     return url
 
 

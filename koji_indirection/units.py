@@ -56,6 +56,14 @@ def format_size(size_bytes: int) -> str:
     return f"{size:.1f}".removesuffix(".0") + f" {unit}"
 
 
+def format_exact_size(size_bytes: int) -> str:
+    """A whole number of the largest unit that gives one: "1025 GiB", "1000 B"."""
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size_bytes and size_bytes % unit == 0:
+            return f"{size_bytes // unit} {name}"
+    return f"{size_bytes} B"
+
+
 def format_duration(seconds: int) -> str:
     """A whole number of the largest unit that gives one: "7 d", "90 m", "90 s"."""
     for unit in ("d", "h", "m"):

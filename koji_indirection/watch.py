@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import queue
 import re
 import selectors
@@ -23,6 +24,7 @@ from typing import Any
 from .errors import BuilderFault, BuildFailed, IndirectionError
 from .guestlog import BoundedLog, LineSplitter, printable
 from .machine import Machine
+from .units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ _NOT_BOOTABLE = re.compile(rb"No bootable device|Boot failed: not a bootable dis
 # A guest that lives sends a sample every five seconds, whatever its console says.
 _SILENCE_AFTER_PANIC_SECONDS = 12.0
 _SILENCE_OF_A_JOB_SECONDS = 600.0
+_DISK_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,11 @@ class JobReport:
 
 
 class Watch:
-    """One pass over one VM; follow() is the whole of it."""
+    """One pass over one VM; follow() is the whole of it.
+
+    disks, max_disk_bytes -- the files that the guest's writes go to, directories with all
+        in them too, and how many bytes they may take on the host together.
+    """
 
     def __init__(
         self,
@@ -114,6 +121,8 @@ class Watch:
         deadlines: Deadlines,
         job_log: BoundedLog,
         console_log: BoundedLog,
+        disks: Sequence[Path] = (),
+        max_disk_bytes: int | None = None,
         on_output: Callable[[bytes], None],
         on_stage: Callable[[str], None],
     ) -> None:
@@ -124,6 +133,9 @@ class Watch:
         self._deadlines = deadlines
         self._job_log = job_log
         self._console_log = console_log
+        self._disks = disks
+        self._max_disk_bytes = max_disk_bytes
+        self._disks_measured = 0.0
         self._on_output = on_output
         self._on_stage = on_stage
         self._reports = LineSplitter(_LINE_LIMIT_BYTES)
@@ -177,6 +189,7 @@ class Watch:
                     time.sleep(0.1)  # qemu has closed every stream; its event follows
                 self._look_at_events(gone)
                 self._look_at_the_clock()
+                self._look_at_the_disks()
 
     def _enter(self, stage: str) -> float:
         """Go on to the next stage; returns how many seconds the last one took."""
@@ -276,12 +289,17 @@ class Watch:
     # What ends it
 
     def _look_at_events(self, gone: bool) -> None:
-        event = self._next_event(0.001)
+        event = self._next_event(0)  # no wait: a guest may have gigabytes to say
         if event is None and gone and not self._stopped and not self._machine.is_active():
             # How it ended libvirt may say a moment later.
             event = self._next_event(_LATE_EVENT_SECONDS) or "stopped"
         if event == "stopped":
             self._stopped, event = True, None
+        if event == "lost":
+            raise BuilderFault(
+                f"libvirtd ended, or does not answer any more{self._during()}",
+                "see its log; the VM was ended with it",
+            )
         # What the guest sent before it stopped is read first, to the end of every stream.
         if gone and self._stopped:
             event = event or "stopped"
@@ -317,7 +335,7 @@ class Watch:
 
     def _next_event(self, timeout_seconds: float) -> str | None:
         with contextlib.suppress(queue.Empty):
-            return self._machine.events.get(timeout=timeout_seconds)
+            return self._machine.events.get(timeout_seconds > 0, timeout_seconds)
         return None
 
     def _early_end(self, what: str) -> IndirectionError:
@@ -365,6 +383,20 @@ class Watch:
             log.warning("the guest did not power off within %.0f s; destroying it", age)
             self.report.shutdown_seconds = self._enter("over")
 
+    def _look_at_the_disks(self) -> None:
+        """What they take is the host's word: nothing that a guest says of its disks counts."""
+        now = time.monotonic()
+        if self._max_disk_bytes is None or now - self._disks_measured < _DISK_LOOK_SECONDS:
+            return
+        self._disks_measured = now
+        allocated_bytes = sum(map(_allocated_bytes, self._disks))
+        if allocated_bytes > self._max_disk_bytes:
+            raise BuildFailed(
+                f"the guest's disks take {format_size(allocated_bytes)} of the host's, more than"
+                f" the limit of {format_size(self._max_disk_bytes)}{self._during()}",
+                "write less, or --max-disk-size (max_disk_size on a builder) allows more",
+            )
+
     def _stage_age(self) -> float:
         return time.monotonic() - self._stage_started
 
@@ -380,6 +412,17 @@ class Watch:
         if not lines:
             return "(the guest's console stayed silent)"
         return "\n".join(["the guest's last console lines:", *(f"  {line}" for line in lines)])
+
+
+def _allocated_bytes(path: Path) -> int:
+    total = 0
+    for directory, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # libvirt's own files come and go
+                total += Path(directory, name).lstat().st_blocks * 512
+    if path.is_file():
+        total += path.stat().st_blocks * 512
+    return total
 
 
 def _receive(stream: socket.socket) -> bytes:

@@ -285,6 +285,7 @@ def _check_source(source: _Input) -> None:
     text = programs.run(
         ["qemu-img", "info", "-f", source.format, "--output=json", str(source.path)],
         timeout_seconds=120,
+        limits=programs.Limits(),
     )
     actual = _divide_up(int(json.loads(text)["virtual-size"]), SECTOR_BYTES) * SECTOR_BYTES
     if actual == 0:
@@ -339,7 +340,9 @@ def _convert(source: Path, source_format: str, run: _Run, disk: Path) -> None:
     )
     argv = ["qemu-img", "convert", "-n", "--target-is-zero", "-W", "-m", "16"]
     argv += ["--target-image-opts", f"json:{json.dumps(part)}", target]
-    programs.run(argv, timeout_seconds=_deadline(run.length))
+    seconds = _deadline(run.length)
+    limits = programs.Limits(address_space_bytes=4 * GIB, cpu_seconds=int(seconds))
+    programs.run(argv, timeout_seconds=seconds, limits=limits)
 
 
 def _deadline(size_bytes: int) -> float:

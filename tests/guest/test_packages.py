@@ -18,6 +18,7 @@ from .conftest import REPOSITORY, Builder, Built, run
 
 DEBIAN = ("--memory", "1G", "--cpus", "2", "--workspace-size", "2G", "--boot-timeout", "10m")
 PACKAGES_TDL = REPOSITORY / "examples" / "packages.tdl"
+DECLARED = "/etc/apt/sources.list.d/koji-indirection-repo-1.list"
 TOOLS = ("squashfs-tools", "xorriso")
 NO_MORE = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
 
@@ -97,6 +98,7 @@ def test_tools_are_installed_over_the_network_and_make_the_iso(
         PACKAGES_TDL,
         *DEBIAN,
         *("--network", "user", "--repo", f"http://10.0.2.2:{served.port}"),
+        *("--collect-log", DECLARED),
         utility_image=bare_image,
         input_image=tiny_image,
     )
@@ -105,6 +107,9 @@ def test_tools_are_installed_over_the_network_and_make_the_iso(
     assert steps(built) == {"network": 0, "repositories": 0, "packages": 0, "files": 0}
     assert any("/xorriso_" in path for path in served.requests)
     assert "=== setup: packages\n" in built.log("job.log")
+    assert f"log {DECLARED}: there is no such file" in built.log("build.log"), (
+        "it has to be removed"
+    )
 
 
 def test_tools_are_installed_from_a_disk_without_any_network(
@@ -209,8 +214,7 @@ def test_files_variables_and_media_are_as_the_template_and_the_options_say(
             " &amp;&amp; echo made &gt; /mnt$INDIRECTION_RESULTS_DIR/a.iso; umount /mnt"
             "</command></commands>",
         )
-        built = build(tdl, "--media", iso, "--results", "/out/*.txt", "--results", "/out/a.iso")
-    built.failed("no file matches|nothing matches|/out/")
+        built = build(tdl, "--media", iso, "--results", "/out/*.iso").succeeded()
     log = built.log("job.log")
     assert "644 0:0 raw\n600 42:43 secret\n4755 0:0 coded\n644 0:0 fetched\n" in log
     assert "it's $(raw) & `quoted`hello from the media\ndecoded\n" in log
@@ -266,4 +270,4 @@ def test_a_named_network_that_is_not_there_is_a_fault_in_one_line(
     settings = tmp_path / "machine.conf"
     settings.write_text("[guest]\nnetworks = nowhere\n")
     built = build([("never", "true")], "--network", "nowhere", "--config", settings)
-    built.failed("nowhere", status=3)
+    built.failed("could not start the VM on network 'nowhere': ", status=3)

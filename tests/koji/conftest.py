@@ -14,8 +14,11 @@ from realkoji import install
 if TYPE_CHECKING:
     from harness.base import AnyKoji
     from realkoji.real import RealKoji
+    from standin.standin import StandInKoji
 
-KOJIS = [pytest.param("real", marks=pytest.mark.real_koji)]
+KOJIS = ["stand-in", pytest.param("real", marks=pytest.mark.real_koji)]
+
+FIXTURES = ("any_koji", "stand_in_koji", "real_koji")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,8 +28,19 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", params=KOJIS)
 def any_koji(request: pytest.FixtureRequest) -> AnyKoji:
     """Each of them in turn; harness/base.py says what it offers."""
-    koji: AnyKoji = request.getfixturevalue(f"{request.param.replace('-', '_')}_koji")
+    koji: AnyKoji = request.getfixturevalue(
+        {"stand-in": "stand_in_koji", "real": "real_koji"}[request.param]
+    )
     return koji
+
+
+@pytest.fixture(scope="session")
+def stand_in_koji(request: pytest.FixtureRequest) -> Iterator[StandInKoji]:
+    from standin.standin import running_stand_in
+
+    with running_stand_in() as koji:
+        yield koji
+        koji.keep_logs = request.session.testsfailed > 0
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +60,6 @@ def pytest_runtest_makereport(item: pytest.Function) -> Iterator[None]:
     outcome: Any = yield
     report = outcome.get_result()
     arguments = getattr(item, "funcargs", {})
-    koji = arguments.get("any_koji") or arguments.get("real_koji")
+    koji = next((arguments[one] for one in FIXTURES if one in arguments), None)
     if report.failed and koji is not None:
         report.sections.append((f"{koji.name} Koji", f"its logs are in {koji.logs}"))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import threading
 import time
 import urllib.request
 import warnings
@@ -37,6 +41,11 @@ from koji.plugin import export
 @export
 def makeIndirectionTask(spec):
     return kojihub.kojihub.make_task("indirectionBuild", [spec], channel="image")
+"""
+# For a task that has ended: as if its builder had died just before it could say so.
+RUN_AGAIN = """
+UPDATE task SET state = 0, host_id = NULL, completion_time = NULL, result = NULL
+    WHERE id = :'task_id';
 """
 
 Submit = Callable[..., int]
@@ -82,8 +91,8 @@ def put_rpms(koji: RealKoji) -> None:
     )
 
 
-def builder_conf(koji: RealKoji) -> str:
-    return f"[indirection]\ncache_dir = {koji.work / 'builder-cache'}\n"
+def builder_conf(koji: RealKoji, more: str = "", cache: str = "builder-cache") -> str:
+    return f"[indirection]\ncache_dir = {koji.work / cache}\n[guest]\nnetworks = lan\n{more}"
 
 
 @pytest.fixture
@@ -173,6 +182,53 @@ def qemu_of(koji: RealKoji) -> list[str]:
         if "qemu" in line.split(" ")[0] and str(koji.work) in line:
             found.append(line)
     return found
+
+
+def kojid_only(koji: RealKoji) -> set[int]:
+    """The processes of a builder that has nothing to do."""
+    deadline = time.monotonic() + 20
+    while qemu_of(koji) or runs_of(koji):
+        assert time.monotonic() < deadline, "an earlier task goes on"
+        time.sleep(0.2)
+    return set(koji.builder_pids())
+
+
+def runs_of(koji: RealKoji) -> list[Path]:
+    """The directories of runs of tasks, with their overlays and workspaces."""
+    return list((koji.work / "builder" / "work").rglob("run-*"))
+
+
+def job_directories(koji: RealKoji) -> set[Path]:
+    """What the watchdogs of builds that run guard, wherever it is."""
+    guarded = set()
+    for pid in koji.builder_pids():
+        line = Path(f"/proc/{pid}/cmdline")
+        words = line.read_bytes().decode().split("\0") if line.exists() else []
+        if "koji_indirection.jobdir" in words:
+            guarded.update(Path(word) for word in words[3:] if word)
+    return guarded
+
+
+def cancel_and_expect_nothing_left(
+    koji: RealKoji, task_id: int, idle: set[int], cache: str = "builder-cache"
+) -> None:
+    directories = job_directories(koji)
+    koji.admin_session().cancelTask(task_id)
+    deadline = time.monotonic() + 15
+
+    def left() -> list[object]:
+        return [
+            *qemu_of(koji),
+            *(set(koji.builder_pids()) - idle),
+            *runs_of(koji),
+            *(path for path in directories if path.exists()),
+            *(koji.work / cache / "images").glob("*.part"),
+        ]
+
+    while left():
+        assert time.monotonic() < deadline, left()
+        time.sleep(0.1)
+    assert state_of(koji, task_id) == ("CANCELED", "CANCELED")
 
 
 def fault_of(koji: RealKoji, task_id: int) -> str:
@@ -316,7 +372,15 @@ def test_a_missing_result_fails_the_build(koji: RealKoji, submit: Submit) -> Non
         ({"template": "dead.tdl"}, "there is no template dead.tdl in the checkout"),
         ({"arches": ["x86_64", "ppc64le"]}, "ppc64le is not an arch of the build tag"),
         ({"arches": ["x86_64", "aarch64"]}, "there is no image for aarch64, only for"),
+        (
+            {"tag_repo": True, "build": {"network": "lan"}},
+            "the build tag images-build has no repository that is ready",
+        ),
         ({"tempalte": "x"}, "did you mean 'template'"),
+        (
+            {"build": {"workspace_size_bytes": 1025 * 2**30}},
+            "workspace size is 1025 GiB, above this machine's limit of 1 TiB (max_workspace_size)",
+        ),
     ],
 )
 def test_what_cannot_work_fails_at_once_and_makes_no_build(
@@ -338,19 +402,26 @@ def test_a_template_repository_that_is_not_allowed_is_refused(
     assert "is not in the list of allowed SCMs" in fault_of(koji, task_id)
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"accel": "kvm"}, "KVM was asked for but cannot be used"),
+        ({"build": {"network": "wan"}}, "asks for the network wan, this host allows lan"),
+    ],
+)
 def test_a_host_without_what_the_build_needs_refuses_softly(
-    koji: RealKoji, submit: Submit, tmp_path: Path
+    koji: RealKoji, submit: Submit, tmp_path: Path, fields: dict[str, Any], reason: str
 ) -> None:
-    if accel.choose("auto", cache_dir=tmp_path).kind == "kvm":
+    if "accel" in fields and accel.choose("auto", cache_dir=tmp_path).kind == "kvm":
         pytest.skip("this host has KVM")
-    task_id = submit(MAKE_ISO, accel="kvm")
+    task_id = submit(MAKE_ISO, **fields)
     deadline = time.monotonic() + 30
     while not koji.refusals(task_id):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     (refusal,) = koji.refusals(task_id)
     assert refusal["soft"]
-    assert "KVM was asked for but cannot be used" in refusal["msg"]
+    assert reason in refusal["msg"]
 
 
 def test_a_cancelled_build_leaves_no_vm_after_five_seconds(koji: RealKoji, submit: Submit) -> None:
@@ -408,3 +479,300 @@ def test_a_hub_that_restarts_meanwhile_delays_nothing_and_misses_nothing(
     nvr = build_of(koji, task_id)["nvr"].replace("-", "/")
     log = koji.topdir / "packages" / nvr / "data/logs/image/x86_64/job.log"
     assert "\nafter\n" in log.read_text()
+
+
+def test_a_build_cancelled_while_it_fetches_leaves_a_cache_that_is_good(
+    koji: RealKoji, submit: Submit
+) -> None:
+    from harness.proxy import slow_proxy
+
+    with slow_proxy() as proxy:
+        proxy.slow.set()
+        settings = builder_conf(koji, f"[download]\nproxy = {proxy.url}\n", cache="slow-cache")
+        koji.builder_restart(plugin_conf=settings)
+        try:
+            idle = kojid_only(koji)
+            task_id = submit(MAKE_ISO)
+            images = koji.work / "slow-cache" / "images"
+            deadline = time.monotonic() + 60
+            while not (proxy.requests and list(images.glob("*.part"))):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            cancel_and_expect_nothing_left(koji, task_id, idle, cache="slow-cache")
+            assert not list(images.glob("sha256-*[0-9a-f]")), "it had not been fetched"
+            proxy.slow.clear()
+            del proxy.requests[:]
+            task_id = submit(MAKE_ISO)
+            koji.wait_task(task_id, 300)
+            assert state_of(koji, task_id) == ("CLOSED", "COMPLETE"), fault_of(koji, task_id)
+            assert len(proxy.requests) == 1, "one image in both roles is fetched once"
+        finally:
+            koji.builder_restart(plugin_conf=builder_conf(koji))
+
+
+def test_a_build_cancelled_while_it_boots_leaves_nothing(koji: RealKoji, submit: Submit) -> None:
+    idle = kojid_only(koji)
+    task_id = submit(MAKE_ISO)
+    wait_for_log(koji, task_id, "task.log", "phase: boot")
+    deadline = time.monotonic() + 30
+    while not any(f"koji-indirection-task-{task_id}-" in line for line in qemu_of(koji)):
+        assert time.monotonic() < deadline, "a VM's name tells its task"
+        time.sleep(0.05)
+    assert len(job_directories(koji)) >= 2
+    cancel_and_expect_nothing_left(koji, task_id, idle)
+    assert "phase: job" not in koji.task_log(task_id, "task.log")
+
+
+def test_a_build_cancelled_while_it_uploads_leaves_nothing(koji: RealKoji, submit: Submit) -> None:
+    idle = kojid_only(koji)
+    task_id = submit(f"{RESULTS} && truncate -s 600M results/images/boot.iso")
+    iso = f"{build_of_soon(koji, task_id)['nvr']}.x86_64.iso"
+    deadline = time.monotonic() + 300
+    while iso not in koji.task_files(task_id):
+        assert time.monotonic() < deadline
+        assert koji.task(task_id)["state"] in (0, 1, 4), fault_of(koji, task_id)
+        time.sleep(0.05)
+    cancel_and_expect_nothing_left(koji, task_id, idle)
+
+
+def build_of_soon(koji: RealKoji, task_id: int) -> Any:
+    """The build of a task that has just been made."""
+    deadline = time.monotonic() + 60
+    while not koji.admin_session().listBuilds(taskID=task_id):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return build_of(koji, task_id)
+
+
+def test_images_are_named_in_every_way_that_koji_has(koji: RealKoji, submit: Submit) -> None:
+    """By build, by latest build in a tag that inherits it, by scratch and by closed task."""
+    session = koji.admin_session()
+    session.createTag("images-child", parent="images-candidate")
+    koji.add_package("tiny")
+    session.tagBuildBypass("images-candidate", INPUT)
+    # The partition table makes it a disk.
+    raw = f"{RESULTS} && head -c 1048576 input_image.raw >results/disk.raw"
+    mark = "dd of=results/disk.raw bs=1024 seek=512 conv=notrunc"
+    utility = {
+        "utility_image": "latest:tiny@images-child",
+        "build": {"results": ["/results/*.raw"]},
+    }
+
+    def made_by(task_id: int) -> int:
+        assert koji.wait_task(task_id, 300)["state"] == 2, fault_of(koji, task_id)
+        return task_id
+
+    scratch = submit(
+        f"{raw} && echo made by scratch | {mark}",
+        **utility,
+        scratch=True,
+        input_image=f"build:{session.getBuild(INPUT)['id']}",
+    )
+    made_by(scratch)
+    closed = submit(
+        f"{raw} && grep -q 'made by scratch' input_image.raw && echo made by closed | {mark}",
+        **utility,
+        skip_tag=True,
+        input_image=f"task:{scratch}",
+    )
+    made_by(closed)
+    build = build_of(koji, closed)
+    assert session.listTags(build["nvr"]) == [], "it was to be left untagged"
+    inputs = {one["role"]: one for one in build["extra"]["indirection"]["inputs"]}
+    assert inputs["input image"]["task_id"] == scratch
+    assert inputs["utility image"]["nvr"] == INPUT
+    made_by(
+        submit(
+            f"{raw} && grep -q 'made by closed' input_image.raw",
+            **utility,
+            scratch=True,
+            input_image=f"task:{closed}",
+        )
+    )
+
+
+def test_the_manifest_names_template_and_images_as_koji_does(
+    koji: RealKoji, submit: Submit
+) -> None:
+    task_id = submit("exit 1", build={"results": ["/results/*.iso"]})
+    koji.wait_task(task_id, 300)
+    nvr = build_of(koji, task_id)["nvr"]
+    record = json.loads(koji.task_log(task_id, f"{nvr}.x86_64.manifest.json"))
+    (archive,) = (
+        one
+        for one in koji.anonymous_session().listArchives(buildID=koji_id(koji, INPUT))
+        if one["filename"] == "tiny.x86_64.qcow2"
+    )
+    assert record["input_image"]["koji"] == {
+        "reference": INPUT,
+        "role": "input image",
+        "nvr": INPUT,
+        "build_id": archive["build_id"],
+        "archive_id": archive["id"],
+        "task_id": None,
+        "filename": "tiny.x86_64.qcow2",
+        "arch": "x86_64",
+        "checksum": archive["checksum"],
+        "checksum_type": "sha256",
+    }
+    assert record["input_image"]["sha256"] == archive["checksum"]
+    assert record["utility_image"]["koji"]["role"] == "utility image"
+    assert record["template"]["source"] == build_of(koji, task_id)["source"]
+
+
+def koji_id(koji: RealKoji, nvr: str) -> int:
+    return int(koji.anonymous_session().getBuild(nvr)["id"])
+
+
+def test_a_guest_that_does_not_come_up_leaves_its_picture_and_a_manifest(
+    koji: RealKoji, submit: Submit
+) -> None:
+    task_id = submit(MAKE_ISO, build={"boot_timeout_seconds": 3})
+    koji.wait_task(task_id, 300)
+    assert state_of(koji, task_id) == ("FAILED", "FAILED")
+    assert fault_of(koji, task_id).startswith("builder fault: ")
+    files = koji.task_files(task_id)
+    assert "screenshot.png" in files
+    picture = koji.admin_session().downloadTaskOutput(task_id, "screenshot.png")
+    assert picture.startswith(b"\x89PNG")
+    (manifest,) = (name for name in files if name.endswith("manifest.json"))
+    assert json.loads(koji.task_log(task_id, manifest))["outcome"] == "builder fault"
+    assert koji.task_log(task_id, "task.log").rstrip().splitlines()[-1].count("builder fault: ")
+
+
+def test_the_output_of_the_guest_is_followed_with_watch_logs(
+    koji: RealKoji, submit: Submit
+) -> None:
+    task_id = submit("echo one; sleep 4; echo two; sleep 6", MAKE_ISO)
+    states: dict[str, int] = {}
+    with subprocess.Popen(
+        koji.cli_argv("watch-logs", task_id),
+        env=koji.cli_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as watching:
+        assert watching.stdout is not None
+        limit = threading.Timer(300, watching.kill)
+        limit.start()
+        for line in watching.stdout:
+            if line.strip() in ("one", "two"):
+                states[line.strip()] = koji.task(task_id)["state"]
+        limit.cancel()
+    assert watching.returncode == 0
+    assert states == {"one": 1, "two": 1}, "both were seen while the task was open"
+    koji.wait_task(task_id, 60)
+    assert state_of(koji, task_id) == ("CLOSED", "COMPLETE")
+
+
+def test_a_task_that_runs_again_with_a_complete_build_does_what_is_left_to_do(
+    koji: RealKoji, submit: Submit
+) -> None:
+    from harness.base import HOST
+
+    session = koji.admin_session()
+    task_id = submit("echo running; sleep 5", MAKE_ISO)
+    wait_for_log(koji, task_id, "job.log", "running")
+    session.disableHost(HOST)  # it goes on with what it has, and takes no task that tags
+    try:
+        deadline = time.monotonic() + 120
+        while not [one for one in session.getTaskChildren(task_id) if one["label"] == "tag"]:
+            assert time.monotonic() < deadline
+            assert koji.task(task_id)["state"] == 1, fault_of(koji, task_id)
+            time.sleep(0.2)
+        build = build_of(koji, task_id)
+        assert state_of(koji, task_id) == ("OPEN", "COMPLETE")
+        assert session.listTags(build["nvr"]) == []
+        koji.builder_stop()
+        # What the next run has to write again.
+        koji.sql("DELETE FROM archive_components;")
+    finally:
+        session.enableHost(HOST)
+        koji.builder_stop()
+        koji.builder_start(plugin_conf=builder_conf(koji))
+    koji.wait_task(task_id, 120)
+    assert state_of(koji, task_id) == ("CLOSED", "COMPLETE")
+    assert build_of(koji, task_id)["id"] == build["id"]
+    assert build_of(koji, task_id)["completion_time"] == build["completion_time"]
+    assert [tag["name"] for tag in session.listTags(build["nvr"])] == ["images-candidate"]
+    (iso,) = (
+        one for one in session.listArchives(buildID=build["id"]) if one["filename"].endswith(".iso")
+    )
+    components = session.listArchives(imageID=iso["id"])
+    assert [one["filename"] for one in components] == ["tiny.x86_64.qcow2"]
+
+
+def test_a_scratch_task_that_runs_again_after_all_is_done_ends_well(
+    koji: RealKoji, submit: Submit
+) -> None:
+    task_id = submit(MAKE_ISO, scratch=True)
+    assert koji.wait_task(task_id, 300)["state"] == 2, fault_of(koji, task_id)
+    session = koji.admin_session()
+    before = session.getTaskResult(task_id)
+    koji.sql(RUN_AGAIN, task_id=str(task_id))
+    koji.wait_task_state(task_id, "OPEN")
+    assert koji.wait_task(task_id, 60)["state"] == 2, fault_of(koji, task_id)
+    assert session.getTaskResult(task_id) == before
+
+
+def test_a_scratch_task_that_runs_again_says_if_its_files_are_gone(
+    koji: RealKoji, submit: Submit
+) -> None:
+    task_id = submit(MAKE_ISO, scratch=True)
+    assert koji.wait_task(task_id, 300)["state"] == 2, fault_of(koji, task_id)
+    for iso in (koji.topdir / "scratch").rglob(f"task_{task_id}/*.iso"):
+        iso.unlink()
+    koji.sql(RUN_AGAIN, task_id=str(task_id))
+    koji.wait_task_state(task_id, "OPEN")
+    assert koji.wait_task(task_id, 60)["state"] == 5
+    fault = fault_of(koji, task_id)
+    assert "an earlier run of this scratch task has made live-" in fault
+    assert "submit the build again" in fault
+
+
+def test_a_template_repository_can_be_allowed_by_the_hubs_policy(
+    koji: RealKoji, submit: Submit
+) -> None:
+    by_policy = {
+        "allowed_scms": "",
+        "allowed_scms_use_config": "False",
+        "allowed_scms_use_policy": "True",
+    }
+    rules = "match scm_host 127.0.0.1* && bool scratch :: deny\nmatch scm_host 127.0.0.1* :: allow"
+    koji.builder_restart(settings=by_policy, plugin_conf=builder_conf(koji))
+    koji.hub_restart(policy={"build_from_scm": f"{rules}\nall :: deny nowhere else"})
+    try:
+        # A result of no type: refused after the checkout, and before anything is fetched.
+        allowed = submit(MAKE_ISO, build={"results": ["/results/boot.efi"]})
+        denied = submit(MAKE_ISO, template_scm="git+http://localhost/x.git#main")
+        koji.wait_task(allowed, 60)
+        koji.wait_task(denied, 60)
+        assert "boot.efi is of no type" in fault_of(koji, allowed)
+        assert "is not allowed, reason: nowhere else" in fault_of(koji, denied)
+    finally:
+        koji.hub_restart()
+        koji.builder_restart(plugin_conf=builder_conf(koji))
+
+
+def test_a_builder_that_starts_removes_what_a_crash_has_left(
+    koji: RealKoji, submit: Submit
+) -> None:
+    task_id = submit("echo running; sleep 300")
+    wait_for_log(koji, task_id, "job.log", "running")
+    directories = job_directories(koji)
+    koji.builder_kill()
+    for pid in koji.builder_pids():  # the watchdogs too: as if the power had failed
+        os.kill(pid, signal.SIGKILL)
+    koji.admin_session().cancelTask(task_id)
+    left = [path for path in (*directories, *runs_of(koji)) if path.exists()]
+    assert len(left) >= 3
+    koji.builder_start(plugin_conf=builder_conf(koji))
+    deadline = time.monotonic() + 30
+    while any(path.exists() for path in left) or not told_by_kojid(koji, str(left[0])):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+    assert qemu_of(koji) == []
+
+
+def told_by_kojid(koji: RealKoji, text: str) -> bool:
+    return any(text in path.read_text(errors="replace") for path in koji.logs.glob("builder*.log"))

@@ -67,7 +67,7 @@ def tasks(hub: RealKoji) -> list[int]:
 
 def wire(hub: RealKoji, task_id: int) -> Any:
     """The spec of a task, as a builder gets it."""
-    (spec,) = hub.task(task_id)["request"]
+    spec, *_ = hub.task(task_id)["request"]
     return spec
 
 
@@ -88,9 +88,38 @@ def test_help_needs_no_server(hub: RealKoji) -> None:
     assert "--utility-image=REF" in done.stdout
 
 
-def test_koji_help_lists_the_command(hub: RealKoji) -> None:
+def test_help_of_a_replay_needs_no_server(hub: RealKoji) -> None:
+    done = hub.cli(NOBODY_LISTENS, "indirection-replay", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "koji indirection-replay TASK_ID --output DIR [options]" in done.stdout
+    assert "--template=FILE" in done.stdout
+
+
+def test_koji_help_lists_the_commands(hub: RealKoji) -> None:
     done = hub.cli(NOBODY_LISTENS, "help", "build")
     assert "indirection-build         Make an image with the tools that are" in done.stdout
+    assert "indirection-replay        Build on this machine what a task of" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "TASK_ID is missing"),
+        (["1", "2", "--output=x"], "there are 2 arguments"),
+        (["live-1-1", "--output=x"], "'live-1-1' is no task's id"),
+        (["5"], "--output is missing"),
+        (["5", "--output=x", "--memory=3GB"], "--memory: '3GB' is not a size"),
+        (["5", "--output=x", "--template=/no/such.tdl"], "/no/such.tdl does not exist"),
+        (["5", "--output=x", "--scratch"], "no such option: --scratch"),
+    ],
+)
+def test_usage_errors_of_a_replay_need_no_login(
+    hub: RealKoji, arguments: list[str], message: str
+) -> None:
+    done = hub.cli(NOBODY_LISTENS, "indirection-replay", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -346,23 +375,15 @@ def test_a_task_that_succeeds_is_told_with_its_build(hub: RealKoji, tmp_path: Pa
 
 def play_the_builder(hub: RealKoji, task_id: int, directory: Path) -> Any:
     """Make the task's build of one small file, and close the task."""
-    import koji
-    from harness.base import HOST
     from koji.xmlrpcplus import dumps
 
-    hub.admin_session().assignTask(task_id, HOST, force=True)
-    host = hub._session(HOST)
-    host.exclusiveSession(force=True)
-    assert host.host.openTask(task_id) is not None
+    host = taken(hub, task_id)
     nvr = {"name": "live", "version": "1.cli", "release": "1", "epoch": 0}
     build = host.host.initImageBuild(task_id, nvr)
     (directory / "boot.json").write_text("{}")
     (directory / "build.log").write_text("built\n")
     for name in ("boot.json", "build.log"):
-        with warnings.catch_warnings():
-            # The library leaves the file to the garbage collector.
-            warnings.simplefilter("ignore", ResourceWarning)
-            host.fastUpload(str(directory / name), koji.pathinfo.taskrelpath(task_id))
+        upload(host, task_id, directory / name)
     results = {
         "task_id": task_id,
         "files": ["boot.json"],
@@ -374,6 +395,26 @@ def play_the_builder(hub: RealKoji, task_id: int, directory: Path) -> Any:
     host.host.closeTask(task_id, dumps(("done",), methodresponse=1))
     host.logout()
     return build
+
+
+def taken(hub: RealKoji, task_id: int) -> Any:
+    """The session of the host, which has opened the task."""
+    from harness.base import HOST
+
+    hub.admin_session().assignTask(task_id, HOST, force=True)
+    host = hub._session(HOST)
+    host.exclusiveSession(force=True)
+    assert host.host.openTask(task_id) is not None
+    return host
+
+
+def upload(host: Any, task_id: int, path: Path) -> None:
+    import koji
+
+    with warnings.catch_warnings():
+        # The library leaves the file to the garbage collector.
+        warnings.simplefilter("ignore", ResourceWarning)
+        host.fastUpload(str(path), koji.pathinfo.taskrelpath(task_id))
 
 
 def test_a_task_without_a_build_has_none(hub: RealKoji) -> None:
@@ -474,3 +515,264 @@ def test_a_dry_run_fails_where_the_build_would(hub: RealKoji, nvr: str) -> None:
                f"--template-scm={SCM}")  # fmt: skip
     assert done.returncode == 2
     assert "there is no build target 'nowhere'" in done.stderr
+
+
+# On this machine: real VMs, no task, and nobody is logged in
+
+TINY = Path(__file__).resolve().parents[2] / ".cache/images/tiny.qcow2"
+SMALL = ("--memory=256M", "--cpus=1", "--workspace-size=1G")
+RESULTS = "mount /dev/vdb1 /mnt && cd /mnt && mkdir -p results/images"
+MAKE_ISO = f"{RESULTS} && echo made >results/images/boot.iso"
+
+
+@pytest.fixture(scope="module")
+def tiny(hub: RealKoji) -> str:
+    if not TINY.exists():
+        pytest.skip(f"there is no {TINY}: run make images")
+    from harness.base import ImageFile
+
+    nvr = "tiny-1-cli"
+    images = [ImageFile(TINY, name="t.x86_64.qcow2"), ImageFile(TINY, "i686", "t.i686.qcow2")]
+    hub.import_image_build(nvr, images)
+    return nvr
+
+
+def tdl(path: Path, command: str) -> Path:
+    from lxml import etree
+    from lxml.builder import E
+
+    path.write_bytes(etree.tostring(E.template(E.commands(E.command(command, name="make")))))
+    return path
+
+
+def here(hub: RealKoji, tmp_path: Path) -> list[str]:
+    """The options of any build on this machine."""
+    return [
+        f"--output={tmp_path / 'out'}",
+        f"--cache-dir={hub.work / 'cli-cache'}",
+        f"--work-dir={tmp_path / 'work'}",
+    ]
+
+
+def build_locally(
+    hub: RealKoji, tmp_path: Path, image: str, *arguments: object, arch: str = "x86_64"
+) -> subprocess.CompletedProcess[str]:
+    return hub.cli(
+        *("indirection-build", "images", "live", "1", f"--arch={arch}", f"--input-image={image}"),
+        *("--local", *SMALL, *here(hub, tmp_path), *arguments),
+        user="nobody",
+        timeout_seconds=600,
+    )
+
+
+def replay(
+    hub: RealKoji, tmp_path: Path, task_id: int, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    return hub.cli(
+        *("indirection-replay", task_id, *here(hub, tmp_path), *arguments),
+        user="nobody",
+        timeout_seconds=600,
+    )
+
+
+def nothing_is_left(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    assert not work.exists() or list(work.iterdir()) == []
+
+
+def test_a_local_build_makes_what_a_builder_would_and_no_task(
+    hub: RealKoji, tiny: str, tmp_path: Path
+) -> None:
+    before = tasks(hub)
+    template = tdl(tmp_path / "live.tdl", MAKE_ISO)
+    done = build_locally(hub, tmp_path, tiny, f"--template={template}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/boot.iso").read_text() == "made\n"
+    manifest = json.loads(done.stdout)
+    assert manifest == json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["outcome"] == "built"
+    assert manifest["input_image"]["koji"]["nvr"] == tiny
+    assert manifest["input_image"]["koji"]["filename"] == "t.x86_64.qcow2"
+    assert (tmp_path / "out/logs/template.log").read_bytes() == template.read_bytes()
+    assert "[  0:" in done.stderr, "the phases are shown"
+    assert tasks(hub) == before
+    nothing_is_left(tmp_path)
+
+
+def test_a_local_build_takes_its_template_from_source_control_and_says_the_commit(
+    hub: RealKoji, tiny: str, tmp_path: Path
+) -> None:
+    template = tdl(tmp_path / "live.tdl", "echo the very last line; exit 7")
+    url = hub.git_repository("local-template", {"live.tdl": template.read_bytes()})
+    done = build_locally(
+        hub, tmp_path, tiny, "--template=live.tdl", f"--template-scm={url}", "--verbose"
+    )
+    assert done.returncode == 1
+    assert "the very last line" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("build failed: command 'make' exited with st")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    source, _, commit = manifest["template"]["source"].partition("#")
+    assert source == url.partition("#")[0]
+    assert len(commit) == 40
+    nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--template-scm=file:///etc#main"], 2, "cannot be checked out here (write git+https:"),
+        (["--template-scm=git+http://u:secret@h/r#main"], 2, "without a password"),
+        (["--template-scm=git+http://127.0.0.1:1/r.git#main"], 1, "git cannot check out git+http:"),
+        (["--input-image=no-such-1"], 2, "there is no such build"),
+        (["--settings=/no/such.conf"], 2, "/no/such.conf do not exist"),
+        (["--network=lab"], 2, "network 'lab', which the settings of this machine do not allow"),
+    ],
+)
+def test_what_cannot_be_built_here_is_told_and_nothing_is_left(
+    hub: RealKoji, tiny: str, tmp_path: Path, arguments: list[str], status: int, message: str
+) -> None:
+    scm = any(one.startswith("--template-scm") for one in arguments)
+    template = "live.tdl" if scm else tdl(tmp_path / "live.tdl", "true")
+    done = build_locally(hub, tmp_path, tiny, f"--template={template}", *arguments)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert "secret" not in done.stderr
+    assert "Traceback" not in done.stderr
+    nothing_is_left(tmp_path)
+
+
+def test_a_local_build_of_another_machines_arch_is_refused(
+    hub: RealKoji, tiny: str, tmp_path: Path
+) -> None:
+    template = tdl(tmp_path / "live.tdl", "true")
+    done = build_locally(hub, tmp_path, tiny, f"--template={template}", arch="s390x")
+    assert done.returncode == 2
+    assert "this machine cannot run a guest of arch s390x" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupting_a_local_build_stops_it_and_leaves_logs_only(
+    hub: RealKoji, tiny: str, tmp_path: Path
+) -> None:
+    template = tdl(tmp_path / "live.tdl", "echo it runs; sleep 300")
+    argv = hub.cli_argv(
+        *("indirection-build", "images", "live", "1", "--arch=x86_64", f"--input-image={tiny}"),
+        *("--local", *SMALL, *here(hub, tmp_path), f"--template={template}", "--verbose"),
+        user="nobody",
+    )
+    command = subprocess.Popen(
+        argv, env=hub.cli_environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert command.stderr is not None
+        for line in command.stderr:
+            if "it runs" in line:
+                break
+        command.send_signal(signal.SIGINT)
+        _, err = command.communicate(timeout=30)
+    finally:
+        command.kill()
+        command.communicate()
+    assert command.returncode == 130, err
+    assert err.splitlines()[-1].startswith("interrupted: everything was stopped")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"logs", "manifest.json"}
+    nothing_is_left(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def failed(hub: RealKoji, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """A scratch task that has failed, with what the engine leaves of that build.
+
+    A later build of its image came after it.
+    """
+    import xmlrpc.client
+
+    from harness.base import DEST_TAG, ImageFile
+    from koji.xmlrpcplus import dumps
+
+    directory = tmp_path_factory.mktemp("failed")
+    hub.admin_session().tagBuildBypass(DEST_TAG, tiny)
+    latest = f"latest:tiny@{DEST_TAG}"
+    template = tdl(directory / "live.tdl", "echo oh dear; exit 3")
+    done = run(
+        *(hub, *WHAT, "--arch=x86_64", f"--input-image={latest}", *SMALL),
+        *(f"--template={template}", "--scratch", "--nowait", "--quiet"),
+    )
+    assert done.returncode == 0, done.stderr
+    task_id = int(done.stdout)
+    done = build_locally(hub, directory, latest, f"--template={template}")
+    assert done.returncode == 1, done.stderr
+    (directory / "out/manifest.json").rename(directory / "live-1.cli-1.x86_64.manifest.json")
+    host = taken(hub, task_id)
+    upload(host, task_id, directory / "out/logs/template.log")
+    upload(host, task_id, directory / "live-1.cli-1.x86_64.manifest.json")
+    host.host.failTask(task_id, dumps(xmlrpc.client.Fault(1005, "build failed: see the logs")))
+    host.logout()
+    hub.import_image_build("tiny-2-cli", [ImageFile(TINY, name="new.qcow2")], tag=DEST_TAG)
+    return task_id
+
+
+def test_a_failed_task_fails_here_in_the_same_way(
+    hub: RealKoji, failed: int, tiny: str, tmp_path: Path
+) -> None:
+    done = replay(hub, tmp_path, failed, "--verbose", "--json")
+    assert done.returncode == 1
+    assert "oh dear" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("build failed: command 'make' exited with st")
+    manifest = json.loads(done.stdout)
+    assert manifest["outcome"] == "build failed"
+    assert manifest["input_image"]["koji"]["nvr"] == tiny, "what was latest then"
+    assert manifest["spec"]["memory_bytes"] == 256 * 2**20
+    assert manifest["template"]["source"] == f"template.log of task {failed}"
+    nothing_is_left(tmp_path)
+
+
+def test_a_correction_is_tried_out_on_a_failed_task(
+    hub: RealKoji, failed: int, tmp_path: Path
+) -> None:
+    fixed = tdl(tmp_path / "fixed.tdl", MAKE_ISO.replace("boot.iso", "other.iso"))
+    done = replay(
+        *(hub, tmp_path, failed, f"--template={fixed}", "--memory=300M"),
+        "--results=/results/images/*.iso",
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"result    {tmp_path / 'out/other.iso'}" in done.stdout
+    assert (tmp_path / "out/other.iso").read_text() == "made\n"
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["spec"]["memory_bytes"] == 300 * 2**20
+    nothing_is_left(tmp_path)
+
+
+def test_what_cannot_be_replayed_is_told(hub: RealKoji, tiny: str, tmp_path: Path) -> None:
+    def refused(task_id: int, *arguments: object) -> str:
+        done = replay(hub, tmp_path, task_id, *arguments)
+        assert done.returncode in (1, 2), done.stderr
+        assert not (tmp_path / "out").exists()
+        assert "Traceback" not in done.stderr
+        return done.stderr.splitlines()[-1]
+
+    assert "there is no task 2000000000" in refused(2000000000)
+    admin = hub.admin_session()
+    other = admin.newRepo("images-build")
+    assert f"task {other} is a newRepo task, and no indirection build" in refused(other)
+    admin.cancelTask(other)
+
+    def canceled(*arguments: object) -> int:
+        done = run(hub, *WHAT, *arguments, "--nowait", "--quiet")
+        assert done.returncode == 0, done.stderr
+        admin.cancelTask(int(done.stdout))
+        return int(done.stdout)
+
+    both = canceled("--arch=x86_64,i686", f"--input-image={tiny}", "--template=t/live.tdl",
+                    f"--template-scm=git+{hub.topurl}/scm/nowhere.git#main")  # fmt: skip
+    assert f"task {both} builds several arches: x86_64, i686 (choose one with" in refused(both)
+    assert f"task {both} does not build s390x" in refused(both, "--arch=s390x")
+    assert "or give a template with --template FILE)" in refused(both, "--arch=i686")
+
+    template = tdl(tmp_path / "live.tdl", "true")
+    uploaded = canceled(
+        "--arch=x86_64", f"--input-image={tiny}", f"--template={template}", "--scratch"
+    )
+    spec, *_ = hub.task(uploaded)["request"]
+    (hub.topdir / "work" / spec["template_upload"] / "live.tdl").unlink()
+    assert "the template live.tdl is not in cli-indirection/" in refused(uploaded)

@@ -84,8 +84,9 @@ def test_a_user_with_the_image_permission_gets_a_task_in_the_channel_image(
     assert task["parent"] is None
     assert task["owner"] == user.getLoggedInUser()["id"]
     assert user.getChannel(task["channel_id"])["name"] == "image"
-    assert len(task["request"]) == 1, "the spec is the one parameter"
-    assert TaskSpec.from_dict(task["request"][0]) == TaskSpec.from_dict(asked)
+    spec, *for_policies = task["request"]
+    assert TaskSpec.from_dict(spec) == TaskSpec.from_dict(asked)
+    assert for_policies == ["images", {"scratch": False}]
 
 
 def test_a_task_of_several_arches_is_noarch(hub: RealKoji, user: Any) -> None:
@@ -273,6 +274,64 @@ def test_the_policy_sees_all_that_the_documentation_promises(hub: RealKoji, user
         assert not allowed(user, utility_image="task:5")
 
 
+def test_the_policy_sees_what_network_the_guest_is_to_have(hub: RealKoji, user: Any) -> None:
+    def asks(network: str | None, **more: Any) -> dict[str, Any]:
+        """With this network for x86_64 and none for aarch64."""
+        per_arch = {} if network is None else {"x86_64": {"network": network, **more}}
+        return {"arches": ["x86_64", "aarch64"], "arch_build": per_arch}
+
+    with hub_with(hub, policy={"indirection": "match network none :: allow\nall :: deny"}):
+        assert allowed(user)
+        assert allowed(user, build={"network": "none"})
+        assert not allowed(user, build={"network": "user"})
+        assert not allowed(user, **asks("user"))
+    with hub_with(hub, policy={"indirection": "match network user :: deny\nall :: allow"}):
+        assert not allowed(user, **asks("user"))
+        assert allowed(user, **asks("br0"))
+    policy = """
+        match_any networks lab :: deny
+        match_any repos *elsewhere* :: deny
+        bool tag_repo && match network br0 :: deny
+        match_all networks none user :: allow
+        match network br0?user :: allow
+        all :: deny
+    """
+    both = {"x86_64": {"network": "user"}, "aarch64": {"network": "br0"}}
+    with hub_with(hub, policy={"indirection": policy}):
+        assert allowed(user, **asks("user", repos=["http://h/here"]))
+        assert not allowed(user, **asks("user", repos=["http://h/elsewhere/1"]))
+        assert not allowed(user, **asks("lab"))
+        assert not allowed(user, **asks("br0"))
+        assert allowed(user, arches=["x86_64", "aarch64"], arch_build=both)
+        assert allowed(user, build={"network": "user"}, tag_repo=True)
+        assert not allowed(user, build={"network": "br0"}, tag_repo=True)
+
+
+def test_a_policy_may_allow_an_uploaded_template_for_a_build(hub: RealKoji, user: Any) -> None:
+    import koji
+
+    upload = {**SCRATCH, "scratch": False}
+    policy = {
+        "indirection_template_upload": """
+            target images && match network none :: allow
+            all :: deny only without a network
+        """
+    }
+    with hub_with(hub, policy=policy):
+        task = hub.task(user.indirectionBuild(wire(**upload)))
+        assert task["request"][0]["template_upload"] == UPLOAD
+        with pytest.raises(koji.ActionNotAllowed, match=r"from source control.*only without a net"):
+            user.indirectionBuild(wire(**upload, build={"network": "user"}))
+        assert user.indirectionBuild(wire(**SCRATCH, build={"network": "user"}))
+    with hub_with(hub, policy={**policy, "indirection": "all :: deny"}):
+        assert not allowed(user, **upload)
+    with (
+        hub_with(hub, policy={"indirection_template_upload": "target nowhere :: allow"}),
+        pytest.raises(koji.ActionNotAllowed, match="template from source control"),
+    ):
+        user.indirectionBuild(wire(**upload))
+
+
 def test_the_channel_can_be_set_and_the_policies_for_channels_see_the_request(
     hub: RealKoji, user: Any
 ) -> None:
@@ -283,10 +342,16 @@ def test_the_channel_can_be_set_and_the_policies_for_channels_see_the_request(
     with hub_with(hub, plugin_conf=conf):
         task = hub.task(user.indirectionBuild(wire()))
         assert user.getChannel(task["channel_id"])["name"] == "image-kvm"
-    policy = {"channel": "method indirectionBuild :: use createrepo\nall :: use default"}
+    policy = {
+        "channel": """
+            method indirectionBuild && target images && bool scratch :: use createrepo
+            all :: use default
+        """
+    }
     with hub_with(hub, policy=policy):
-        task = hub.task(user.indirectionBuild(wire()))
-        assert user.getChannel(task["channel_id"])["name"] == "createrepo"
+        for scratch, channel in ((True, "createrepo"), (False, "default")):
+            task = hub.task(user.indirectionBuild(wire(scratch=scratch)))
+            assert user.getChannel(task["channel_id"])["name"] == channel
 
 
 @pytest.mark.parametrize(

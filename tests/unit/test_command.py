@@ -395,6 +395,7 @@ OPTIONS = [
     ),
     (["--media", "/srv/repo"], Settings, {"media": Path("/srv/repo")}),
     ([], Settings, {"networks": ("user",), "file_hosts": ("*",)}),
+    (["--max-disk-size", "9G"], Settings, {"max_disk_bytes": 9 * GIB}),
 ]
 
 

@@ -14,9 +14,11 @@ from koji_indirection.config import (
     default_cache_dir,
     default_work_dir,
     load_settings,
+    require_within_limits,
     settings_from,
 )
 from koji_indirection.errors import UsageError
+from koji_indirection.spec import BuildSpec
 from koji_indirection.units import GIB, MIB
 
 WHOLE = """
@@ -29,6 +31,13 @@ max_image_size = 100G
 max_results = 7
 max_result_size = 2 GiB
 max_log_size = 1M
+max_memory = 8G
+max_cpus = 4
+max_workspace_size = 90G
+max_timeout = 6h
+max_boot_timeout = 10m
+max_shutdown_timeout = 5m
+max_disk_size = 7G
 
 [cache]
 max_size = 200G
@@ -70,6 +79,13 @@ def test_every_key_is_read_with_its_unit(tmp_path: Path) -> None:
         max_results=7,
         max_result_bytes=2 * GIB,
         max_log_bytes=MIB,
+        max_memory_bytes=8 * GIB,
+        max_cpus=4,
+        max_workspace_bytes=90 * GIB,
+        max_timeout_seconds=6 * 3600,
+        max_boot_timeout_seconds=600,
+        max_shutdown_timeout_seconds=300,
+        max_disk_bytes=7 * GIB,
         max_cache_bytes=200 * GIB,
         cache_keep_free_bytes=5 * GIB,
         cache_verify=True,
@@ -90,6 +106,48 @@ def test_every_key_is_read_with_its_unit(tmp_path: Path) -> None:
         max_file_bytes=MIB,
         media=Path("/srv/repo.iso"),
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"memory_bytes": 8 * GIB + 1}, "memory is 8589934593 B, .* 8 GiB .max_memory"),
+        ({"cpus": 5}, "cpus is 5, above this machine's limit of 4 .max_cpus"),
+        (
+            {"workspace_size_bytes": 91 * GIB},
+            "size is 91 GiB.* 90 GiB .max_workspace_size",
+        ),
+        ({"job_timeout_seconds": 6 * 3600 + 1}, "job timeout is 21601 s.* 6 h .max_timeout"),
+        ({"command_timeout_seconds": 7 * 3600}, "command timeout is 7 h.* 6 h .max_timeout"),
+        ({"boot_timeout_seconds": 601}, "boot timeout is 601 s.* 10 m .max_boot_timeout"),
+        ({"shutdown_timeout_seconds": 301}, "shutdown timeout is .* 5 m .max_shutdown_timeout"),
+    ],
+)
+def test_a_spec_above_a_limit_is_refused_with_the_limit_and_its_setting(
+    tmp_path: Path, asked: dict[str, int], sentence: str
+) -> None:
+    settings = load(tmp_path / "indirection.conf", WHOLE)
+    with pytest.raises(UsageError, match=sentence) as caught:
+        require_within_limits(BuildSpec(**asked), settings)  # type: ignore[arg-type]
+    assert "in the configuration's [indirection]" in caught.value.hint
+
+
+def test_a_spec_at_the_limits_is_granted_and_so_is_one_that_asks_for_nothing(
+    tmp_path: Path,
+) -> None:
+    settings = load(tmp_path / "indirection.conf", WHOLE)
+    at_the_limits = BuildSpec(
+        memory_bytes=8 * GIB,
+        cpus=4,
+        workspace_size_bytes=90 * GIB,
+        job_timeout_seconds=6 * 3600,
+        command_timeout_seconds=6 * 3600,
+        boot_timeout_seconds=600,
+        shutdown_timeout_seconds=300,
+    )
+    for spec in (at_the_limits, BuildSpec()):
+        require_within_limits(spec, settings)
+        require_within_limits(spec, Settings())
 
 
 def test_the_defaults_need_no_file(tmp_path: Path) -> None:
@@ -138,11 +196,14 @@ def test_a_parser_that_interpolates_is_read_as_the_file_stands() -> None:
         ("[indirection]\naccel = xen", r"\[indirection\] accel: 'xen' is no accelerator"),
         ("[indirection]\nwork_dir = tmp", "work_dir: 'tmp' is not an absolute path"),
         ("[indirection]\nmax_results = -1", "max_results: '-1' is not a whole number"),
+        ("[indirection]\nmax_cpus = 0", "max_cpus: a guest has one CPU at least"),
+        ("[indirection]\nmax_memory = much", "max_memory: 'much' is not a size"),
+        ("[indirection]\nmax_timeout = 8d", "max_timeout: '8d' is not between 1 s and 7 d"),
         ("[download]\nretries = 1.5", "retries: '1.5' is not a whole number"),
         ("[download]\nread_timeout = 0", "read_timeout: '0' is not between 1 s and 7 d"),
         ("[download]\nread_timeout = 8d", "not between 1 s and 7 d"),
         ("[download]\nread_timeout = soon", "read_timeout: 'soon' is not a duration"),
-        ("[download]\nproxy = proxy:3128", "proxy: 'proxy:3128' is not the URL of a proxy"),
+        ("[download]\nproxy = proxy:3128", "proxy: that is not the URL of a proxy"),
         ("[guest]\nnetworks = user, br 0$", r"\[guest\] networks: '0\$' is no name"),
         ("[guest]\nfile_hosts = http://h/", "file_hosts: 'http://h/' is no name"),
         ("[guest]\nmedia = repo.iso", "media: 'repo.iso' is not an absolute path"),

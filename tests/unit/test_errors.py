@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import logging
+from pathlib import Path
+
 import pytest
 
-from koji_indirection.errors import BuilderFault, BuildFailed, IndirectionError, UsageError
+from koji_indirection import pipeline
+from koji_indirection.display import Display, log_shown_on
+from koji_indirection.errors import (
+    BuilderFault,
+    BuildFailed,
+    IndirectionError,
+    UsageError,
+    without_passwords,
+)
+from koji_indirection.manifest import Manifest
 
 
 @pytest.mark.parametrize(
@@ -47,3 +60,40 @@ def test_details_are_kept_apart_from_the_sentence() -> None:
     error = BuildFailed("it broke", "mend it", details="line 1\nline 2")
     assert error.details == "line 1\nline 2"
     assert "line 1" not in error.one_line()
+
+
+# Passwords
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("see http://user:pa55@proxy:3128/x", "see http://***@proxy:3128/x"),
+        ("git+https://t0ken@host/a.git#main", "git+https://***@host/a.git#main"),
+        ("socks5h://u:p%40ss@[::1]:1080", "socks5h://u:***@[::1]:1080"),
+        ("//user:pa55@host and ftp://a:b@c", "//user:***@host and ftp://a:***@c"),
+        ("git+ssh://git@host/a.git", "git+ssh://git@host/a.git"),
+        ("http://host/a@b:c and pkg@tag", "http://host/a@b:c and pkg@tag"),
+    ],
+)
+def test_no_password_of_a_url_is_shown(text: str, shown: str) -> None:
+    assert without_passwords(text) == shown
+    assert BuilderFault(text, text).one_line() == f"builder fault: {shown} ({shown})"
+
+
+def test_no_password_of_a_url_gets_into_logs_and_manifest(tmp_path: Path) -> None:
+    url = "http://user:pa55@proxy:3128"
+    shown = io.StringIO()
+    display = Display(shown, verbose=True, quiet=False)
+    with pipeline._build_log(tmp_path / "build.log"), log_shown_on(display):
+        logging.getLogger("koji_indirection.x").warning("fetching through %s", url)
+        try:
+            raise ValueError(url)
+        except ValueError:
+            logging.getLogger("koji_indirection.x").exception("internal error")
+    record = Manifest(spec={}, template={"source": url}, timeline=[], reason=f"no way to {url}")
+    record.write(tmp_path)
+    for text in ((tmp_path / "build.log").read_text(), shown.getvalue(),
+                 (tmp_path / "manifest.json").read_text()):  # fmt: skip
+        assert "proxy:3128" in text
+        assert "pa55" not in text

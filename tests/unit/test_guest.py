@@ -27,7 +27,7 @@ from fakeguest import FakeGuest
 
 from koji_indirection import guest
 from koji_indirection.errors import BuildFailed
-from koji_indirection.guestjob import GuestJob
+from koji_indirection.guestjob import GuestFile, GuestJob
 from koji_indirection.initsystem import Start
 from koji_indirection.template import Command
 
@@ -229,6 +229,10 @@ class Job:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             path.chmod(mode)
+        if (job_directory / "setup").exists():
+            setup, old = (job_directory / "setup").read_text(), "\nJOB=/etc/koji-indirection\n"
+            assert old in setup
+            (job_directory / "setup").write_text(setup.replace(old, f"\nJOB={job_directory}\n"))
         (job_directory / "run").write_text(self._tamed(RUN_SH, directory))
         self.status_data, self.log_data = bytearray(), bytearray()
         self._threads = []
@@ -397,6 +401,53 @@ def test_a_daemon_that_holds_the_log_open_does_not_hold_up_the_end(job: Job) -> 
     assert int(job.daemon.read_text()) > 1
     assert job.seconds < 8
     assert job.events("job-ended")
+
+
+SEES = 'env | grep -e ^INDIRECTION_ -e ^REASON -e ^http_proxy | sort; cat "{path}"'
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_set_up_steps_come_first_and_commands_see_what_they_did(shell: str, tmp_path: Path) -> None:
+    if shutil.which(SHELLS[shell][0]) is None:
+        pytest.skip(f"{shell} is not installed")
+    path = tmp_path / "a file"
+    job = Job(
+        tmp_path / "job",
+        shell,
+        [("see", SEES.format(path=path))],
+        files=[GuestFile(str(path), b"put there\n")],
+        environment={"http_proxy": "http://it's:1"},
+    )
+    job.end()
+    assert job.output_of("see") == (
+        "INDIRECTION_INPUT=/input_image.raw\nINDIRECTION_RESULTS_DIR=/my results\n"
+        "INDIRECTION_WORKSPACE=/dev/vdz1\nhttp_proxy=http://it's:1\nput there\n"
+    )
+    (ended,) = job.events("setup-ended")
+    assert (ended["step"], ended["status"], ended["reason"]) == ("files", 0, "")
+    assert job.log.startswith(f"=== setup: files\n{path}\n=== exit status 0 after ")
+    assert job.complaints == ""
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_no_command_runs_after_a_set_up_step_that_failed(shell: str, tmp_path: Path) -> None:
+    if shutil.which(SHELLS[shell][0]) is None:
+        pytest.skip(f"{shell} is not installed")
+    directory = tmp_path / 'a "quoted\\ one'
+    directory.mkdir()
+    job = Job(
+        tmp_path / "job",
+        shell,
+        [("never", "touch {never}")],
+        files=[GuestFile(str(directory), b"x")],
+    )
+    job.end()
+    (ended,) = job.events("setup-ended")
+    assert ended["status"] == 1
+    assert ended["reason"].endswith("a quoted one' is a directory in the guest")
+    assert job.events("command-started") == []
+    assert job.last_report == {"event": "job-ended", "status": 1}
+    assert not job.never.exists()
 
 
 def test_a_guest_that_reboots_does_not_run_the_job_twice(tmp_path: Path) -> None:

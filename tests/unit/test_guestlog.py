@@ -73,7 +73,7 @@ def log_of(path: Path, limit: int, pieces: list[bytes]) -> bytes:
 
 MARK = re.compile(
     rb"\n\[\.\.\. (\d+) bytes left out here: the log is limited to (\d+) bytes,"
-    rb" see --max-log-size \.\.\.\]\n"
+    rb" see --max-log-size \(max_log_size on a builder\) \.\.\.\]\n"
 )
 
 

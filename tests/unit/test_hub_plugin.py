@@ -92,7 +92,11 @@ def test_koji_can_name_the_parameters_of_both_tasks(plugin: Any) -> None:
     import koji.tasks
 
     parse = koji.tasks.parse_task_params
-    assert parse("indirectionBuild", [{"name": "live"}]) == {"spec": {"name": "live"}}
+    assert parse("indirectionBuild", [{"name": "live"}, "images", {"scratch": True}]) == {
+        "spec": {"name": "live"},
+        "target": "images",
+        "opts": {"scratch": True},
+    }
     assert parse("indirectionBuildArch", [{}, "x86_64", "live-41-1", {"a": 1}]) == {
         "spec": {},
         "arch": "x86_64",

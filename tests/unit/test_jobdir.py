@@ -114,6 +114,15 @@ def test_a_watchdog_that_was_killed_does_not_stop_the_clean_up(
     assert not job.run.exists()
 
 
+def test_the_watchdog_is_no_descendant_of_the_build(tmp_path: Path, run_parent: Path) -> None:
+    """kojid signals a task's descendants one by one, SIGKILL included, before the task."""
+    with job_directory(tmp_path, run_parent) as job:
+        (pid,) = watchdogs_of(job.path)
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert f"\nPPid:\t{os.getpid()}\n" not in status
+        assert os.getsid(pid) != os.getsid(0)
+
+
 def test_after_a_sigkill_directories_and_qemu_go_and_nobody_else(
     tmp_path: Path, run_parent: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import dataclasses
+import hashlib
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ import pytest
 from koji_indirection import kojibuild, sources, template
 from koji_indirection.config import _SECTIONS, Settings, load_settings
 from koji_indirection.errors import BuilderFault, BuildFailed, UsageError
-from koji_indirection.kojibuild import ArchiveTypes, Inputs, LiveLogs, Unsuitable
+from koji_indirection.kojibuild import ArchiveTypes, Inputs, LiveLogs, RunDirectory, Unsuitable
 from koji_indirection.taskspec import TaskSpec, check_provenance
 
 # As the hub has them: a file's longest end wins.
@@ -28,6 +29,8 @@ EXTENSIONS = ("iso", "qcow2", "raw raw.xz", "tar.gz tgz", "json", "vmlinuz", "xm
 
 class Hub:
     """Answers from attributes; calls are kept."""
+
+    host: Any
 
     def __init__(self, **answers: Any) -> None:
         self.answers = answers
@@ -152,30 +155,41 @@ def test_the_sample_of_the_settings_file_shows_the_defaults() -> None:
     }
 
 
-def settings_from(text: str, **fields: Any) -> Settings:
-    parser = configparser.RawConfigParser()
-    parser.read_string(text)
-    return kojibuild.task_settings(parser, "x.conf", spec(**fields), Path("/task"))
+def settings_from(path: Path, text: str, **fields: Any) -> Settings:
+    path.write_text(text)
+    return kojibuild.task_settings(path, spec(**fields), Path("/task"))
 
 
-def test_a_task_works_in_its_own_directory_unless_the_file_names_another() -> None:
-    assert settings_from("").work_dir == Path("/task")
-    assert settings_from("[indirection]\nwork_dir =\n").work_dir == Path("/task")
-    assert settings_from("[indirection]\nwork_dir = /big\n").work_dir == Path("/big")
+@pytest.fixture
+def conf(tmp_path: Path) -> Path:
+    return tmp_path / "indirection.conf"
 
 
-def test_the_spec_chooses_the_accelerator_where_the_host_leaves_it_open() -> None:
-    assert settings_from("", accel="tcg").accel == "tcg"
-    assert settings_from("[indirection]\naccel = tcg\n").accel == "tcg"
+def test_a_task_works_in_its_own_directory_unless_the_file_names_another(conf: Path) -> None:
+    assert kojibuild.task_settings(conf, spec(), Path("/task")).work_dir == Path("/task")
+    assert settings_from(conf, "[indirection]\nwork_dir =\n").work_dir == Path("/task")
+    assert settings_from(conf, "[indirection]\nwork_dir = /big\n").work_dir == Path("/big")
+
+
+def test_the_spec_chooses_the_accelerator_where_the_host_leaves_it_open(conf: Path) -> None:
+    assert settings_from(conf, "", accel="tcg").accel == "tcg"
+    assert settings_from(conf, "[indirection]\naccel = tcg\n").accel == "tcg"
     asked = {"accel": "kvm"}
-    settings = settings_from("[indirection]\naccel = tcg\n", **asked)
+    settings = settings_from(conf, "[indirection]\naccel = tcg\n", **asked)
     with pytest.raises(Unsuitable, match="asks for kvm, this host is set to tcg"):
         kojibuild.require_host(spec(**asked), "x86_64", settings)
 
 
-def test_a_settings_file_with_a_mistake_is_the_builders_fault() -> None:
-    with pytest.raises(BuilderFault, match="has no key 'acel'"):
-        settings_from("[indirection]\nacel = tcg\n")
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("[indirection]\nacel = tcg\n", "has no key 'acel'"), ("acel", "is not an ini file")],
+)
+def test_a_settings_file_with_a_mistake_is_the_builders_fault(
+    conf: Path, text: str, reason: str
+) -> None:
+    with pytest.raises(BuilderFault, match=reason):
+        settings_from(conf, text)
+    assert kojibuild.runs_directory(conf).name == "runs"
 
 
 def test_a_host_without_enough_memory_or_space_is_unsuitable(
@@ -191,17 +205,39 @@ def test_a_host_without_enough_memory_or_space_is_unsuitable(
         kojibuild.require_space(inputs(input_image=source(size_bytes=2**60)), settings)
 
 
+def test_a_build_above_a_limit_is_refused_for_good_and_an_unknown_network_softly(
+    tmp_path: Path,
+) -> None:
+    settings = Settings(accel="tcg", work_dir=tmp_path, cache_dir=tmp_path, max_cpus=2)
+    with pytest.raises(UsageError, match=r"cpus is 3, above this machine's limit of 2 \(max_cpus"):
+        kojibuild.require_host(spec(build={"cpus": 3}), "x86_64", settings)
+    asks = spec(build={"network": "lan", "memory_bytes": 128 * 2**20})
+    with pytest.raises(Unsuitable, match="asks for the network lan, this host allows none"):
+        kojibuild.require_host(asks, "x86_64", settings)
+    kojibuild.require_host(asks, "x86_64", dataclasses.replace(settings, networks=("lan",)))
+
+
 def test_each_run_of_a_task_has_a_directory_and_removes_those_of_dead_ones(tmp_path: Path) -> None:
-    task = tmp_path / "tasks" / "1" / "1"
-    first, first_lock = kojibuild.run_directory(task)
+    task, runs = tmp_path / "tasks" / "1" / "1", tmp_path / "cache" / "runs"
+    first = RunDirectory.make(task, runs)
     dead = task / "run-dead"
     (dead / "vm").mkdir(parents=True)
-    second, second_lock = kojibuild.run_directory(task)
-    assert sorted(task.iterdir()) == sorted([first, second])
-    kojibuild.remove_run_directory(first, first_lock)
-    assert list(task.iterdir()) == [second]
-    kojibuild.remove_run_directory(second, second_lock)
+    second = RunDirectory.make(task, runs)
+    assert sorted(task.iterdir()) == sorted([first.path, second.path])
+    assert {link.readlink() for link in runs.iterdir()} == {first.path, second.path}
+    first.remove()
+    assert list(task.iterdir()) == [second.path]
+    second.remove()
     assert not task.exists()
+    assert list(runs.iterdir()) == []
+
+
+def test_a_run_needs_no_note_of_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").write_text("a file where a directory should be")
+    run = RunDirectory.make(tmp_path / "1", tmp_path / "cache" / "runs")
+    assert run.path.is_dir()
+    assert f"should this builder be killed, {run.path} is left" in caplog.text
+    run.remove()
 
 
 def test_two_signals_interrupt_once_and_the_old_handlers_come_back() -> None:
@@ -274,7 +310,52 @@ def test_what_the_hub_is_told_of_inputs_is_what_its_schema_takes() -> None:
 def test_pinned_inputs_survive_the_wire() -> None:
     pinned = inputs().pinned()
     assert sources.Source(**pinned["input_image"]) == source()
-    assert None not in pinned.values()
+
+
+TARGET = {"build_tag": 1, "build_tag_name": "f44-build"}
+
+
+def test_the_build_tags_repository_comes_after_those_of_the_spec() -> None:
+    pytest.importorskip("koji")
+    asked = spec(
+        arches=["x86_64", "i686"],
+        tag_repo=True,
+        build={"network": "user", "repos": ["http://example.com/extra"]},
+    )
+    place = kojibuild.tag_repo_of(Hub(getRepo={"id": 77}), TARGET)
+    daemon = dataclasses.replace(DAEMON, topurl="https://koji.example.com/files/")
+    found = inputs(tag_repo=place)
+    for arch, directory in (("x86_64", "x86_64"), ("i686", "i386")):
+        assert kojibuild.build_spec(daemon, asked, arch, found).repos == (
+            "http://example.com/extra",
+            f"https://koji.example.com/files/repos/f44-build/77/{directory}",
+        )
+    assert kojibuild.build_spec(daemon, asked, "x86_64", inputs()) == asked.build
+    with pytest.raises(BuilderFault, match="there is no topurl here"):
+        kojibuild.build_spec(DAEMON, asked, "x86_64", found)
+
+
+def test_a_build_tag_without_a_repository_is_told() -> None:
+    with pytest.raises(BuildFailed, match="the build tag f44-build has no repository") as caught:
+        kojibuild.tag_repo_of(Hub(getRepo=None), TARGET)
+    assert caught.value.hint == "have one made with: koji regen-repo f44-build"
+
+
+def test_the_manifest_is_told_where_everything_is_from() -> None:
+    origin = inputs().origin()
+    assert origin.template == "git+https://example.com/t.git#0123abc"
+    assert origin.input_image is not None
+    assert origin.input_image.archive_id == 70
+    assert origin.input_image.checksum_type == "sha256"
+    assert origin.utility_image is not None
+    assert (origin.utility_image.role, origin.utility_image.task_id) == ("utility image", 9)
+
+
+def test_errors_name_images_as_koji_does() -> None:
+    path = Path("/var/cache/koji-indirection/images/sha256-00")
+    with pytest.raises(BuildFailed) as caught, kojibuild._as_users_know_it({path: source()}):
+        raise BuildFailed(f"input image {path} is no disk", f"try `file {path}`")
+    assert str(caught.value) == "input image in.qcow2 of in-1-1 is no disk (try `file in.qcow2`)"
 
 
 def test_a_link_in_a_checkout_does_not_lead_out(tmp_path: Path) -> None:
@@ -318,6 +399,170 @@ def test_results_without_an_arch_that_was_built_are_a_failure() -> None:
     assert kojibuild.provenance(entries) == (made_from["inputs"], made_from["template"])
     with pytest.raises(BuildFailed, match="no arch was built: it broke"):
         kojibuild.hub_results([failed])
+
+
+# What the hub is given
+
+
+class Files:
+    """The directories of tasks at a hub, which damages the first uploads if told to."""
+
+    def __init__(self, damaged: int = 0) -> None:
+        self.damaged = damaged
+        self.content: dict[str, bytes] = {}
+        self.uploads: list[str] = []
+
+    def daemon(self, work_dir: Path, host: Host | None = None, **answers: Any) -> kojibuild.Daemon:
+        hub = Hub(
+            checkUpload=self.check,
+            listTaskOutput=lambda task_id: sorted(self.content),
+            downloadTaskOutput=lambda task_id, name: self.content[name],
+            **answers,
+        )
+        hub.host = host
+        return dataclasses.replace(DAEMON, session=hub, work_dir=work_dir, upload=self.upload)
+
+    def upload(self, path: Path, name: str) -> None:
+        self.uploads.append(name)
+        self.content[name] = path.read_bytes()
+        if self.damaged:
+            self.damaged -= 1
+            self.content[name] += b"!"
+
+    def check(self, directory: str, name: str, verify: str) -> dict[str, Any] | None:
+        assert (directory, verify) == ("tasks/5/5", "sha256")
+        if name not in self.content:
+            return None
+        digest = hashlib.sha256(self.content[name]).hexdigest()
+        return {"size": len(self.content[name]), "hexdigest": digest}
+
+
+ISO = b"an iso"
+ISO_SHA256 = hashlib.sha256(ISO).hexdigest()
+
+
+@pytest.fixture
+def iso(tmp_path: Path) -> Path:
+    path = tmp_path / "boot.iso"
+    path.write_bytes(ISO)
+    return path
+
+
+def test_an_upload_is_compared_with_what_was_collected(iso: Path) -> None:
+    files = Files()
+    kojibuild.upload_verified(files.daemon(iso.parent), iso, "n-1-2.iso", ISO_SHA256)
+    assert files.uploads == ["n-1-2.iso"]
+
+
+def test_a_damaged_upload_is_made_once_more(iso: Path) -> None:
+    files = Files(damaged=1)
+    kojibuild.upload_verified(files.daemon(iso.parent), iso, "n-1-2.iso", ISO_SHA256)
+    assert files.uploads == ["n-1-2.iso"] * 2
+    assert files.content["n-1-2.iso"] == ISO
+
+
+def test_an_upload_that_is_damaged_twice_is_the_builders_fault(iso: Path) -> None:
+    files = Files(damaged=2)
+    with pytest.raises(BuilderFault, match=r"n-1-2\.iso, uploaded twice, is not on the hub as"):
+        kojibuild.upload_verified(files.daemon(iso.parent), iso, "n-1-2.iso", ISO_SHA256)
+    assert len(files.uploads) == 2
+
+
+def entry(**fields: Any) -> dict[str, Any]:
+    return {
+        "task_id": 5,
+        "arch": "x86_64",
+        "files": ["n-1-2.iso"],
+        "checksums": {"n-1-2.iso": ISO_SHA256},
+        "logs": ["job.log"],
+        "rpmlist": [],
+        "inputs": [],
+        "template": {},
+        **fields,
+    }
+
+
+BUILD = {"id": 3, "name": "n", "version": "1", "release": "2"}
+
+
+class Refused(Exception):
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.faultCode = code
+
+
+class Host:
+    """The hub's calls for builders; each raises what is left in `errors`."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> None:
+            self.calls.append((name, *args))
+            if self.errors:
+                raise self.errors.pop(0)
+
+        return call
+
+
+def test_what_is_handed_over_is_kept_for_a_run_after_this_one(tmp_path: Path) -> None:
+    files, host = Files(), Host()
+    daemon = files.daemon(tmp_path, host=host)
+    assert kojibuild.handed_over(daemon) is None
+    kojibuild.complete_build(daemon, BUILD, [entry(), {"faultCode": 1, "faultString": "x"}])
+    ((name, task_id, build_id, results),) = host.calls
+    assert (name, task_id, build_id) == ("completeImageBuild", 5, 3)
+    assert set(results) == {"5"}
+    assert kojibuild.handed_over(daemon) == (
+        "n-1-2",
+        [entry(), {"faultCode": 1, "faultString": "x"}],
+    )
+
+
+def test_half_of_what_was_handed_over_is_nothing(tmp_path: Path) -> None:
+    files = Files()
+    files.content[kojibuild.HANDOVER] = b'{"nvr": "n-1-2", "entr'
+    assert kojibuild.handed_over(files.daemon(tmp_path)) is None
+
+
+def test_a_build_that_is_complete_is_so_whatever_the_hub_has_answered(tmp_path: Path) -> None:
+    host = Host(Refused(1009, "unable to retry call"), Refused(1, "it broke"))
+    daemon = Files().daemon(tmp_path, host=host, getBuild={"state": kojibuild.COMPLETE})
+    kojibuild.complete_build(daemon, BUILD, [entry()])
+    building = Files().daemon(tmp_path, host=host, getBuild={"state": kojibuild.BUILDING})
+    with pytest.raises(Refused, match="it broke"):
+        kojibuild.complete_build(building, BUILD, [entry()])
+
+
+def test_a_scratch_task_that_runs_again_has_the_rest_done(tmp_path: Path, iso: Path) -> None:
+    for errors in ([], [Refused(1000, "Destination exists: /mnt/koji/scratch/x/n-1-2.iso")]):
+        files, host = Files(), Host(*errors)
+        daemon = files.daemon(tmp_path, host=host)
+        files.upload(iso, "n-1-2.iso")
+        assert kojibuild.move_to_scratch_again(daemon, [entry()]) == ["n-1-2.iso"]
+        assert [call[0] for call in host.calls] == ["moveImageBuildToScratch"]
+        assert files.uploads == ["n-1-2.iso"], "nothing is uploaded over a link"
+
+
+def test_a_scratch_task_that_runs_again_says_what_is_gone(tmp_path: Path) -> None:
+    daemon = Files().daemon(tmp_path, host=Host())
+    sentence = "an earlier run of this scratch task has made n-1-2.iso, and now the hub does not"
+    with pytest.raises(BuilderFault, match=sentence) as caught:
+        kojibuild.move_to_scratch_again(daemon, [entry()])
+    assert caught.value.hint == "submit the build again"
+
+
+def test_a_move_to_scratch_that_fails_is_an_error_unless_only_its_answer_was_lost(
+    tmp_path: Path, iso: Path
+) -> None:
+    files, host = Files(), Host(Refused(1009, "unable to retry call"), Refused(1, "disk full"))
+    daemon = files.daemon(tmp_path, host=host)
+    files.upload(iso, "n-1-2.iso")
+    assert kojibuild.move_to_scratch(daemon, "n-1-2", [entry()]) == ["n-1-2.iso"]
+    with pytest.raises(Refused, match="disk full"):
+        kojibuild.move_to_scratch(daemon, "n-1-2", [entry()])
 
 
 # Live logs

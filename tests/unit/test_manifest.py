@@ -21,7 +21,13 @@ import jsonschema
 import pytest
 
 from koji_indirection import spec
-from koji_indirection.manifest import ImageRecord, Manifest, OutputRecord, Timeline
+from koji_indirection.manifest import (
+    ImageRecord,
+    KojiRecord,
+    Manifest,
+    OutputRecord,
+    Timeline,
+)
 from koji_indirection.spec import BuildSpec
 from koji_indirection.watch import CommandRecord, SetupRecord
 
@@ -45,7 +51,7 @@ def minimal() -> Manifest:
     """A build that failed before anything was known."""
     return Manifest(
         spec=BuildSpec().to_dict(),
-        template={"name": "t.tdl", "sha256": DIGEST, "ignored": []},
+        template={"name": "t.tdl", "sha256": DIGEST, "source": None, "ignored": []},
         reason="no space left",
     )
 
@@ -64,10 +70,27 @@ def filled() -> Manifest:
         network="user",
         repos=("http://h/repo",),
     )
-    image = ImageRecord("/srv/ü.qcow2", "qcow2", 300, 10**12, DIGEST)
+    archive = KojiRecord(
+        reference="build:7",
+        role="utility image",
+        nvr="tools-1-1",
+        build_id=7,
+        archive_id=70,
+        task_id=None,
+        filename="ü.qcow2",
+        arch="x86_64",
+        checksum=DIGEST,
+        checksum_type="sha256",
+    )
+    image = ImageRecord("/srv/ü.qcow2", "qcow2", 300, 10**12, DIGEST, archive)
     return Manifest(
         spec=full_spec.to_dict(),
-        template={"name": "t.tdl", "sha256": DIGEST, "ignored": ["os", "packages"]},
+        template={
+            "name": "t.tdl",
+            "sha256": DIGEST,
+            "source": "git+https://example.com/t.git#0123abc",
+            "ignored": ["os", "packages"],
+        },
         outcome="built",
         versions={"koji-indirection": "1.0", "python": "3.9.1", "libvirt": "9.0.0"},
         host={
@@ -78,7 +101,7 @@ def filled() -> Manifest:
         },
         accelerator={"kind": "kvm", "reason": "a probe ran in 3 ms"},
         utility_image=image,
-        input_image=dataclasses.replace(image, format="raw", sha256=None),
+        input_image=dataclasses.replace(image, format="raw", sha256=None, koji=None),
         guest={
             "os_id": "debian",
             "version_id": "12",
@@ -139,6 +162,7 @@ def test_every_field_is_in_the_schema_and_the_other_way_round() -> None:
     assert {"manifest_version", *names(Manifest)} == set(PROPERTIES) == set(SCHEMA["required"])
     for kind, described in (
         (ImageRecord, SCHEMA["definitions"]["image"]),
+        (KojiRecord, SCHEMA["definitions"]["koji_image"]),
         (OutputRecord, PROPERTIES["outputs"]["items"]),
         (CommandRecord, PROPERTIES["commands"]["items"]),
         (SetupRecord, PROPERTIES["setup"]["items"]),
@@ -186,6 +210,8 @@ def test_every_object_is_closed_and_every_field_described_with_its_unit() -> Non
         (("guest", "cpus"), 0),
         (("accelerator", "kind"), "xen"),
         (("utility_image", "sha256"), "abc"),
+        (("utility_image", "koji", "checksum_type"), 2),
+        (("utility_image", "koji", "archive_id"), 0),
         (("input_image",), {}),
         (("timeline", 0, "seconds"), None),
         (("timeline", 0, "phase"), "lunch"),

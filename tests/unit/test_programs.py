@@ -179,3 +179,11 @@ def test_cpu_seconds_are_limited_and_no_core_is_dumped(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     said = programs.run(["sh", "-c", "ulimit -c"], timeout_seconds=5, limits=Limits())
     assert said == "0\n"
+
+
+def test_a_program_whose_output_has_no_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "_STDOUT_BYTES", 1_000_000)
+    with pytest.raises(ProgramFailed) as caught:
+        programs.run(["yes"], timeout_seconds=60)
+    assert caught.value.returncode == -signal.SIGKILL
+    assert caught.value.stderr == "it wrote more than 0 MiB"

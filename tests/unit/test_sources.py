@@ -23,10 +23,12 @@ from typing import Any
 
 import pytest
 
+from koji_indirection import cache as cache_module
 from koji_indirection import sources
+from koji_indirection.cache import Cache
 from koji_indirection.config import Download, Settings
 from koji_indirection.errors import BuilderFault, BuildFailed, UsageError
-from koji_indirection.sources import Cache, Reference, Source, fetch, resolve
+from koji_indirection.sources import Reference, Source, fetch, resolve
 from koji_indirection.units import GIB
 
 koji = pytest.importorskip("koji", reason="Koji's client library is not installed")
@@ -344,6 +346,21 @@ def test_paths_are_those_of_koji_itself(hub: Hub, volume: str) -> None:
     source = look_up(hub, "task:30012")
     where = koji.PathInfo(topdir="/mnt/koji").task(30012, volume=volume)
     assert str(source.file(Path("/mnt/koji"))) == f"{where}/x/y/z.x86_64.raw"
+
+
+def test_arches_are_compared_as_koji_does(hub: Hub) -> None:
+    hub.add_build(
+        "a-1-1",
+        archive_record(1, "a.i386.raw", arch="i386"),
+        archive_record(2, "a.x86_64.raw"),
+    )
+    assert look_up(hub, "a-1-1", "i686").archive_id == 1
+    hub.add_build(
+        "b-1-1",
+        archive_record(3, "b.i386.raw", arch="i386"),
+        archive_record(4, "b.i686.raw", arch="i686"),
+    )
+    assert look_up(hub, "b-1-1", "i686").archive_id == 4, "its very name comes first"
 
 
 def test_several_disks_are_listed_and_the_option_that_picks_one_is_named(hub: Hub) -> None:
@@ -1146,7 +1163,7 @@ def test_a_lock_file_that_was_removed_while_we_locked_it_counts_for_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else two processes would hold "the" lock: one of the old file, one of a new one."""
-    path, real = tmp_path / "x.lock", sources.fcntl.flock
+    path, real = tmp_path / "x.lock", cache_module.fcntl.flock
     removed = []
 
     def flock(lock: int, operation: int) -> None:
@@ -1155,10 +1172,10 @@ def test_a_lock_file_that_was_removed_while_we_locked_it_counts_for_nothing(
             removed.append(lock)
         real(lock, operation)
 
-    monkeypatch.setattr(sources.fcntl, "flock", flock)
-    lock = sources._try_lock(path, sources.fcntl.LOCK_EX)
+    monkeypatch.setattr(cache_module.fcntl, "flock", flock)
+    lock = cache_module._try_lock(path, cache_module.fcntl.LOCK_EX)
     assert lock is not None
-    assert sources._try_lock(path, sources.fcntl.LOCK_SH) is None
+    assert cache_module._try_lock(path, cache_module.fcntl.LOCK_SH) is None
     os.close(lock)
 
 
@@ -1225,7 +1242,8 @@ import dataclasses, json, sys
 from pathlib import Path
 from koji_indirection.config import Download
 from koji_indirection.errors import IndirectionError
-from koji_indirection.sources import Cache, Source, fetch
+from koji_indirection.cache import Cache
+from koji_indirection.sources import Source, fetch
 
 order = json.loads(Path(sys.argv[1]).read_text())
 cache = Cache(Path(order["directory"]), max_bytes=order["max_bytes"], keep_free_bytes=0)

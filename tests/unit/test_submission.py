@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from koji_indirection import submission
+from koji_indirection import options, submission
 from koji_indirection.errors import BuildFailed, UsageError
+from koji_indirection.localrun import Here
 from koji_indirection.sources import Source
 from koji_indirection.spec import BuildSpec
 from koji_indirection.submission import BACKGROUND_PRIORITY, ArchInputs, Request, request_from
@@ -110,6 +111,7 @@ def test_every_option_reaches_the_spec() -> None:
         *["--workspace-size=40G", "--workspace-fs=xfs", "--cpus=8", "--memory=6G"],
         *["--accel=kvm", "--timeout=2h", "--command-timeout=1h", "--boot-timeout=10m"],
         *["--network=user", "--repo=http://h/r", "--repo=http://h/debian bookworm main"],
+        *["--tag-repo"],
         *["--shutdown-timeout=90", "--scratch", "--skip-tag", "--priority=3", "--nowait"],
         *["--dry-run", "--noprogress", "--quiet", "--json"],
     )
@@ -129,6 +131,7 @@ def test_every_option_reaches_the_spec() -> None:
             template_scm=SCM,
             scratch=True,
             skip_tag=True,
+            tag_repo=True,
             accel="kvm",
             build=BuildSpec(
                 results=("/results/*.iso", "/results/a, b.json"),
@@ -158,7 +161,7 @@ def test_every_option_reaches_the_spec() -> None:
 
 
 def test_every_field_of_both_specs_can_be_asked_for() -> None:
-    asked_for = {option.field for option in submission.OPTIONS}
+    asked_for = {option.field for option in options.OPTIONS}
     own = {*TaskSpec.__dataclass_fields__} - {"build", "arch_build", "template_upload"}
     assert own | {*BuildSpec.__dataclass_fields__} <= asked_for
 
@@ -230,7 +233,7 @@ def test_help_exits_and_shows_every_option(capsys: pytest.CaptureFixture[str]) -
         request("--help")
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    for option in submission.OPTIONS:
+    for option in options.OPTIONS:
         assert option.flag in shown
 
 
@@ -273,8 +276,8 @@ def test_the_example_is_right_and_names_every_key() -> None:
     assert asked.spec.arches == ("x86_64", "aarch64")
     assert asked.spec.build_for("aarch64").memory_bytes == 8 * GIB
     text = EXAMPLE.read_text()
-    old = {option.flag for option in submission.GROUPS["Names from image-build-indirection"]}
-    for option in submission.OPTIONS:
+    old = {option.flag for option in options.GROUPS["Names from image-build-indirection"]}
+    for option in options.OPTIONS:
         if option.flag not in {"--config", "--dry-run", "--json", *old}:
             assert f"\n{option.flag[2:].replace('-', '_')} =" in text, option.flag
 
@@ -333,6 +336,34 @@ results =
 memory = 8G
 input_filename = /in.raw
 """
+
+
+def test_an_arch_has_a_network_and_repositories_of_its_own(conf: Any) -> None:
+    asked = spec(
+        conf(
+            f"""
+[indirection-build]
+target = images
+name = live
+version = 1
+arch = x86_64 aarch64
+input_image = in-1-1
+template = live.tdl
+template_scm = {SCM}
+network = user
+repo = http://h/repo
+    http://h/debian bookworm main
+tag_repo = yes
+[indirection-build:aarch64]
+network = br0
+repo = http://h/other
+"""
+        )
+    )
+    assert asked.tag_repo
+    assert asked.build_for("x86_64").repos == ("http://h/repo", "http://h/debian bookworm main")
+    assert asked.build_for("aarch64").network == "br0"
+    assert asked.build_for("aarch64").repos == ("http://h/other",)
 
 
 def test_an_arch_has_its_own_values(conf: Any) -> None:
@@ -420,6 +451,63 @@ SOURCE = Source(
 )
 
 
+# Builds on this machine
+
+
+LOCAL = (*ENOUGH, "--local", "--output=out")
+
+
+def test_a_local_build_has_the_options_of_this_machine() -> None:
+    asked = request(
+        *(*LOCAL, "--force", "--settings=s.conf", "--work-dir=/w", "--cache-dir=/c"),
+        *("--connect=qemu:///session", "--verbose"),
+    )
+    assert asked.spec == spec(*ENOUGH)
+    assert asked.here == Here(
+        Path("out"), True, Path("s.conf"), Path("/w"), Path("/c"), "qemu:///session", True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*ENOUGH, "--local"], "--local is given without --output"),
+        ([*ENOUGH, "--output=out"], "--output is given without --local"),
+        ([*ENOUGH, "--verbose"], "--verbose is given without --local"),
+        ([*LOCAL, "--dry-run"], "--dry-run and --local are both given"),
+        ([*LOCAL, "--arch=i686"], "for one arch, not for x86_64 and i686 (choose one with --arch"),
+    ],
+)
+def test_what_makes_no_sense_for_this_machine_is_named(arguments: Any, message: str) -> None:
+    assert message in refused(*arguments)
+
+
+def test_a_file_may_say_where_local_builds_go_and_for_which_arch_they_are_is_asked_for(
+    conf: Any,
+) -> None:
+    file = conf(
+        f"""
+[indirection-build]
+target = images
+name = live
+version = 1
+arch = x86_64 aarch64
+can_fail = aarch64
+input_image = in-1-1
+template = live.tdl
+template_scm = {SCM}
+output = /var/tmp/live
+[indirection-build:aarch64]
+memory = 8G
+"""
+    )
+    assert request(file).here is None
+    assert "choose one with --arch" in refused(file, "--local")
+    asked = request(file, "--local", "--arch=aarch64")
+    assert asked.here == Here(Path("/var/tmp/live"))
+    assert asked.spec.build_for("aarch64").memory_bytes == 8 * GIB
+
+
 def test_a_dry_run_says_what_it_found(conf: Any) -> None:
     asked = request(conf(NEW))
     inputs = [
@@ -427,7 +515,7 @@ def test_a_dry_run_says_what_it_found(conf: Any) -> None:
         ArchInputs("aarch64", problem="there is no image for aarch64"),
     ]
     text = submission.dry_run_text(asked, inputs)
-    assert "  input image: in.x86_64.qcow2 of in-1-1 (build:5)\n" in text
+    assert "  input image: in.x86_64.qcow2 of in-1-1 (build:5, archive 6)\n" in text
     assert f"    3 GiB, sha256 {'ab' * 32}\n" in text
     assert "  memory_bytes: 8589934592 (8 GiB)\n" in text
     assert "this arch will fail, as it may: there is no image for aarch64" in text

@@ -155,6 +155,10 @@ def test_the_schema_bounds_every_string_number_and_array() -> None:
         ({"template_upload": "cli-indirection/.."}, "template_upload"),
         ({"template_upload": None, "template_scm": "git://h/p"}, "URL#REF"),
         ({"template_upload": None, "template_scm": "git://h/p#--upload-pack=x"}, "URL#REF"),
+        (
+            {"template_upload": None, "template_scm": "git://h/p?a/../../etc#main"},
+            "which leads out of its checkout",
+        ),
         ({"scratch": "false"}, "scratch is 'false', which is not true or false"),
         ({"skip_tag": 1}, "skip_tag"),
         ({"accel": "xen"}, "one of auto, kvm, tcg"),
@@ -169,6 +173,16 @@ def test_the_schema_bounds_every_string_number_and_array() -> None:
         ({"utility_imag": "a-1-1"}, "did you mean 'utility_image'"),
         ({"cpus": 2}, "put it into build"),
         ({"network": "default"}, "there is no field 'network'"),
+        ({"tag_repo": True}, "tag_repo is set, but the guest for x86_64 has no network"),
+        (
+            {
+                "arches": ["x86_64", "aarch64"],
+                "build": {"network": "user"},
+                "arch_build": {"aarch64": {"network": "none"}},
+                "tag_repo": True,
+            },
+            "the guest for aarch64 has no network to reach the repository (set network to user",
+        ),
         ({"name": None}, "name is missing"),
     ],
 )
@@ -214,6 +228,17 @@ def test_whatever_a_builder_records_is_checked_or_a_usage_error(inputs: Any, ext
         check_provenance(TaskSpec.from_dict(wire()), inputs, extra)
     with pytest.raises(UsageError):
         check_provenance(TaskSpec.from_dict(wire()), [{**made_from()[0], "nvr": inputs}], [extra])
+
+
+def test_it_says_which_networks_its_arches_ask_for() -> None:
+    def networks(**changes: Any) -> tuple[str, ...]:
+        return TaskSpec.from_dict(wire(arches=["x86_64", "aarch64"], **changes)).networks
+
+    assert networks() == ("none",)
+    assert networks(build={"network": "user"}) == ("user",)
+    assert networks(arch_build={"aarch64": {"network": "br0"}}) == ("none", "br0")
+    own = {"aarch64": {"network": "none"}}
+    assert networks(build={"network": "user"}, arch_build=own) == ("user", "none")
 
 
 REFERENCES = [

@@ -412,6 +412,7 @@ BAD_BLOCKS = [
     (_url("http://h/a&#10;gpgcheck=0"), "repository 'r' has 'http://h/a\\ngpgcheck=0' for a"),
     (_url("http://localhost/x"), "'localhost', which in the guest is the guest itself"),
     (_url("http://me:pw@127.0.0.1:80/x"), "'127.0.0.1:80', which in the guest"),
+    (_url("http://me:pw@h/x"), "'r' has an address with a user name or password in it"),
     (_url("http://[::1]/x"), "'[::1]', which in the guest"),
     (_url("<b/>"), "<url> of repository 'r' has an element <b> in it"),
     (_repository("<url>http://i</url>"), "repository 'r' has more than one <url>"),

@@ -12,6 +12,7 @@ from koji_indirection.units import (
     MIB,
     TIB,
     format_duration,
+    format_exact_size,
     format_size,
     parse_duration,
     parse_size,
@@ -101,3 +102,19 @@ def test_a_whole_size_survives_writing_and_reading(number: int, unit: int) -> No
 @given(st.integers(0, 10**7))
 def test_a_duration_survives_writing_and_reading(seconds: int) -> None:
     assert parse_duration(format_duration(seconds)) == seconds
+
+
+@given(st.integers(0, 2**45))
+def test_an_exact_size_is_exact(size_bytes: int) -> None:
+    assert parse_size(format_exact_size(size_bytes)) == size_bytes
+
+
+def test_an_exact_size_has_the_largest_unit_that_fits() -> None:
+    sizes = [TIB, 1025 * GIB, 1000 * MIB, 1000, 0]
+    assert [format_exact_size(one) for one in sizes] == [
+        "1 TiB",
+        "1025 GiB",
+        "1000 MiB",
+        "1000 B",
+        "0 B",
+    ]

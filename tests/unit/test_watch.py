@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import queue
 import socket
 import threading
@@ -98,6 +99,8 @@ class Watched:
         self.stages: list[str] = []
         self.output_bytes = 0
         self.report = JobReport()
+        self.disks: list[Path] = []
+        self.max_disk_bytes: int | None = None
 
     def follow(self, script: Callable[[Guest], None], deadlines: Deadlines = PATIENT) -> JobReport:
         def count(data: bytes) -> None:
@@ -119,6 +122,8 @@ class Watched:
                 deadlines=deadlines,
                 job_log=job_log,
                 console_log=console_log,
+                disks=self.disks,
+                max_disk_bytes=self.max_disk_bytes,
                 on_output=count,
                 on_stage=self.stages.append,
             )
@@ -463,6 +468,52 @@ def test_a_full_disk_of_the_host_is_a_builder_fault(watched: Watched) -> None:
     assert "--work-dir" in error.hint
 
 
+def test_a_libvirtd_that_goes_away_is_a_builder_fault(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.start_command(1)
+        time.sleep(0.2)
+        guest.event("lost")
+
+    error = watched.failure(script)
+    assert isinstance(error, BuilderFault)
+    assert error.message == ("libvirtd ended, or does not answer any more, during command 'mount'")
+
+
+# Limits
+
+
+def test_what_the_guests_disks_take_on_the_host_is_limited(
+    watched: Watched, tmp_path: Path
+) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    overlay, workspace = tmp_path / "overlay", tmp_path / "deep" / "er" / "workspace"
+    watched.disks = [overlay, tmp_path / "deep", tmp_path / "gone"]
+    with overlay.open("wb") as file:
+        file.truncate(1024 * MIB)  # what it claims to have does not count
+    watched.max_disk_bytes = 3 * MIB
+
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.start_command(1)
+        workspace.write_bytes(b"x" * 2 * MIB)
+        time.sleep(1.5)
+        assert watched.machine.screenshots == []
+        with overlay.open("r+b") as file:
+            file.write(b"x" * 2 * MIB)
+            file.flush()
+            os.fsync(file.fileno())
+
+    error = watched.failure(script)
+    assert isinstance(error, BuildFailed)
+    assert error.message == (
+        "the guest's disks take 4 MiB of the host's, more than the limit of 3 MiB,"
+        " during command 'mount'"
+    )
+    assert error.hint == "write less, or --max-disk-size (max_disk_size on a builder) allows more"
+    assert len(watched.machine.screenshots) == 1
+
+
 # Deadlines
 
 
@@ -503,6 +554,21 @@ def test_a_command_deadline_counts_each_command_anew(watched: Watched) -> None:
     assert error.message == "command 'make the image' did not end within 1 s"
     assert error.hint == "--command-timeout allows more time"
     assert watched.report.commands[0].status == 0
+
+
+def test_a_job_that_says_nothing_at_all_is_given_up(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even a sample, which a guest that lives sends every five seconds."""
+    monkeypatch.setattr(watch, "_SILENCE_OF_A_JOB_SECONDS", 0.6)
+
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.start_command(1)
+
+    error = watched.failure(script)
+    assert isinstance(error, BuildFailed)
+    assert error.message == ("the guest has said nothing at all for 1 s, during command 'mount'")
 
 
 # Reports that make no sense

@@ -1,0 +1,99 @@
+"""The appliance's process: what it answers is bounded, and what it does not answer has an end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from koji_indirection import appliance
+from koji_indirection.appliance import Appliance, ApplianceError
+
+Start = Callable[[str], Appliance]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """An appliance whose process is this Python text."""
+    children = []
+
+    def run(text: str) -> Appliance:
+        child = subprocess.Popen(
+            [sys.executable, "-c", text],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        children.append(child)
+        return Appliance(child)
+
+    yield run
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def test_a_call_that_is_not_answered_is_given_up_and_the_process_killed(start: Start) -> None:
+    one = start("import time; time.sleep(300)")
+    with pytest.raises(ApplianceError) as caught:
+        one.call("mount_ro", "/dev/sda1", "/", timeout_seconds=0.3)
+    assert caught.value.message == "libguestfs could not mount_ro: no answer within 0 s"
+    assert one._child.wait(5) == -9
+    with pytest.raises(ApplianceError, match="it died in an earlier call, mount_ro"):
+        one.call("ls", "/")
+
+
+def test_an_answer_without_end_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(appliance, "_ANSWER_BYTES", 1_000_000)
+    one = start("import sys\nwhile True: sys.stdout.write('x' * 65536)")
+    with pytest.raises(ApplianceError, match="the answer is longer than 1000000 bytes"):
+        one.call("glob_expand", "/*", timeout_seconds=60)
+    assert one._child.wait(5) == -9
+
+
+def test_a_process_that_dies_is_said_to_have(start: Start) -> None:
+    with pytest.raises(ApplianceError, match="its process has ended"):
+        start("pass").call("launch", timeout_seconds=60)
+
+
+def test_what_libguestfs_says_becomes_one_sentence() -> None:
+    said = (
+        "launch failed.\nThis may mean that it crashed.\nDo:\n  export LIBGUESTFS_DEBUG=1\nand ..."
+    )
+    error = ApplianceError("launch", said)
+    assert error.reason == "launch failed. This may mean that it crashed."
+
+
+class Guest:
+    """Of libguestfs: a directory of so many names, written to a file by the library itself."""
+
+    def __init__(self, tmpdir: Path, number: int) -> None:
+        self.tmpdir = tmpdir
+        self.number = number
+
+    def get_tmpdir(self) -> str:
+        return str(self.tmpdir)
+
+    def ls0(self, _directory: str, path: str) -> None:
+        try:
+            with Path(path).open("wb", buffering=0) as file:
+                for number in range(self.number):
+                    file.write(b"name-%07d\0" % number)
+        except OSError as error:
+            raise RuntimeError(str(error)) from error
+
+
+@pytest.mark.parametrize(("number", "complete"), [(0, True), (3, True), (500_000, False)])
+def test_of_millions_of_names_some_thousands_are_read(
+    tmp_path: Path, number: int, complete: bool
+) -> None:
+    guest: Any = Guest(tmp_path, number)
+    names, all_of_them = appliance._names(guest, "/")
+    assert all_of_them is complete
+    assert names == [f"name-{index:07}" for index in range(len(names))]
+    assert len(names) == number if complete else 1000 < len(names) < 10_000
+    assert list(tmp_path.iterdir()) == []
