@@ -141,7 +141,6 @@ def host_files(job: GuestJob) -> dict[str, Path]:
 
 def _settings(job: GuestJob) -> bytes:
     device, file_system = job.media or ("", "")
-    terminal = job.terminal
     values = {
         "STATUS_PORT": STATUS_PORT,
         "LOG_PORT": LOG_PORT,
@@ -154,10 +153,13 @@ def _settings(job: GuestJob) -> bytes:
         "MEDIA_DEVICE": device,
         "MEDIA_SERIAL": MEDIA_SERIAL if device else "",
         "MEDIA_FS": file_system,
-        "SHELL_TTY": SHELL_TTY if terminal else "",
-        "TERMINAL_TYPE": terminal.type if terminal else "",
-        "TERMINAL_SIZE": f"rows {terminal.rows} cols {terminal.columns}" if terminal else "",
     }
+    if job.terminal is not None:
+        values |= {
+            "SHELL_TTY": SHELL_TTY,
+            "TERMINAL_TYPE": job.terminal.type,
+            "TERMINAL_SIZE": f"rows {job.terminal.rows} cols {job.terminal.columns}",
+        }
     return "".join(f"{key}={shlex.quote(value)}\n" for key, value in values.items()).encode()
 
 

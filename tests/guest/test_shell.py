@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import termios
 from collections.abc import Iterator
@@ -36,7 +38,7 @@ class Shell:
         argv = [COMMAND, "shell", "--template", template, "--input-image", image]
         argv += ["--work-dir", build.work, *SMALL, *options]
         self.master, slave = pty.openpty()
-        termios.tcsetwinsize(slave, (30, 100))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 30, 100, 0, 0))
         self.settings = termios.tcgetattr(slave)
         self._messages = directory / "stderr"
         with self._messages.open("w") as stderr:
