@@ -20,9 +20,11 @@ BUILDER_PACKAGES := python3 python3-venv python3-libvirt python3-guestfs \
 	libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system \
 	qemu-system-x86 qemu-utils e2fsprogs xfsprogs libguestfs-xfs linux-image-cloud-amd64
 EXAMPLE_PACKAGES := mmdebstrap debian-archive-keyring ca-certificates fdisk uuid-runtime \
-	grub-common grub-pc-bin busybox-static kmod cpio ovmf
+	grub-common grub-pc-bin mtools dosfstools busybox-static kmod cpio ovmf
+# qemu-system-arm: a guest of another arch is booted, too.
 # python3-gssapi: the koji library from PyPI wants one, which cannot be compiled everywhere.
-TEST_PACKAGES := strace xz-utils gzip zstd git xorriso procps dpkg-dev python3-gssapi
+TEST_PACKAGES := qemu-system-arm qemu-efi-aarch64 strace xz-utils gzip zstd git xorriso procps \
+	dpkg-dev python3-gssapi
 # What the hub, its database and kojid import and run; Koji itself is brought along.
 KOJI_PACKAGES := postgresql python3-psycopg2 python3-gssapi python3-rpm python3-dnf \
 	python3-libcomps python3-librepo python3-cheetah util-linux mount
@@ -32,7 +34,7 @@ PACKAGES := $(BUILDER_PACKAGES) $(EXAMPLE_PACKAGES) $(TEST_PACKAGES)
 SCRIPTS := examples/boot-iso
 
 # What tests/guest/images/make-image makes: utility images, each special in one thing.
-SPECIAL_IMAGES := sysvinit openrc
+SPECIAL_IMAGES := sysvinit openrc uefi sata ide aarch64
 
 RECIPES := $(wildcard examples/debian-utility/*)
 
@@ -111,7 +113,8 @@ $(IMAGES)/tiny.qcow2: $(wildcard examples/tiny-guest/*) $(RECIPES) | packages
 	mkdir -p $(IMAGES)
 	examples/tiny-guest/make-image $@
 
-$(SPECIAL_IMAGES:%=$(IMAGES)/%.qcow2): $(IMAGES)/%.qcow2: tests/guest/images/make-image $(RECIPES) | packages
+$(SPECIAL_IMAGES:%=$(IMAGES)/%.qcow2): $(IMAGES)/%.qcow2: tests/guest/images/make-image \
+		$(wildcard examples/tiny-guest/*) $(RECIPES) | packages
 	mkdir -p $(IMAGES)
 	$< $* $@
 

@@ -306,6 +306,29 @@ def _add_guest_options(parser: Any) -> None:
         "--workspace-fs", metavar="TYPE", help=f"ext4, ext2 or xfs (default: {spec.workspace_fs})"
     )
     guest.add_argument(
+        "--arch",
+        metavar="ARCH",
+        help="the guest's arch (default: this machine's; any other is emulated, slowly)",
+    )
+    guest.add_argument(
+        "--firmware",
+        metavar="KIND",
+        help=f"auto, bios or uefi (default: {spec.firmware}: BIOS if the utility image boots by"
+        " one, else UEFI)",
+    )
+    guest.add_argument(
+        "--secure-boot",
+        action="store_true",
+        default=None,
+        help="boot by UEFI with Secure Boot enforced",
+    )
+    guest.add_argument(
+        "--disk-bus",
+        metavar="BUS",
+        help=f"auto, virtio, sata or ide (default: {spec.disk_bus}: virtio if the utility image"
+        " has a driver for it)",
+    )
+    guest.add_argument(
         "--cpus", type=_whole_number, metavar="N", help="(default: all of this machine's, up to 4)"
     )
     guest.add_argument(
@@ -531,13 +554,15 @@ def _order(options: argparse.Namespace) -> tuple[Order, Settings]:
 
 def _inputs(options: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
     """What an Order is made of, but for its output; looked at as far as that is quick."""
-    from . import imagefile, network, parameters, template
+    from . import arches, imagefile, network, parameters, template
 
     given = parameters.NONE
     if options.parameters is not None:
         given = parameters.load(options.parameters)
     spec = given.build_spec(_given(options, BuildSpec))
     settings = _settings(options)
+    if options.arch is not None:
+        arches.named(options.arch)
     parsed = template.load(options.template) if options.template else given.template()
     if parsed is None:
         raise UsageError(
@@ -556,6 +581,7 @@ def _inputs(options: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
         "template_name": (options.template or options.parameters).name,
         "input_image": options.input_image,
         "utility_image": utility_image,
+        "arch": options.arch,
     }
     return inputs, settings
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from . import accel, appliance, machine, programs
+from . import accel, appliance, arches, firmware, machine, programs
 from .appliance import Drive
 from .config import Settings
 from .errors import IndirectionError
@@ -60,6 +60,7 @@ def examine(settings: Settings) -> list[Finding]:
         acceleration,
         _guarded("libvirt", lambda: _libvirt(settings)),
         _guarded("libguestfs", lambda: _libguestfs(settings, kind)),
+        _uefi(),
         *(_guarded(name, partial(_program, name)) for name in _PROGRAMS),
         *(_module(name) for name in _MODULES),
         _guarded("work directory", lambda: _space(settings.work_dir)),
@@ -108,6 +109,18 @@ def _libguestfs(settings: Settings, accel_kind: str) -> Finding:
             version = running.version()
     seconds = time.monotonic() - started
     return Finding("libguestfs", OK, f"{version}, its appliance starts ({seconds:.1f} s)")
+
+
+def _uefi() -> Finding:
+    try:
+        arch = arches.named(arches.of_host())
+        if arch.uefi == "never":
+            return Finding("UEFI", OK, f"machines of the arch {arch.name} have none")
+        found = firmware.find(arch.name, arch.machine, secure_boot=False)
+    except IndirectionError as error:
+        hint = f"{error.hint}; only utility images that boot by UEFI need it"
+        return Finding("UEFI", WARNING, error.message, hint)
+    return Finding("UEFI", OK, str(found.code))
 
 
 def _program(name: str) -> Finding:

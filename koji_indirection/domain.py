@@ -6,30 +6,35 @@ qemu probe nothing. Disks come in a fixed order: guests name them by it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lxml import etree
 from lxml.builder import E
 
-from .errors import UsageError
+from .arches import ARCHES, Arch
+from .errors import BuildFailed, UsageError
+from .firmware import Firmware
 from .guestjob import LOG_PORT, STATUS_PORT
 from .spec import USER_NETWORK
 
 # os-release IDs of systems built for x86-64-v2 and -v3, by major version (facts: RHEL 9, RHEL 10).
 _RHEL_LIKE = ("rhel", "centos", "almalinux", "rocky", "ol", "eurolinux", "circle")
 
+# How libvirt, and the guest, begin the names of disks on a bus.
+_BUS_PREFIX = {"virtio": "vd", "sata": "sd", "ide": "hd"}
 # Of every VM's name: what an administrator, and sweep.py, know ours by.
 NAME_PREFIX = "koji-indirection"
 
 
 @dataclass(frozen=True)
 class Disk:
-    """One virtio disk.
+    """One disk.
 
-    device -- the guest's name of it (vda, vdb, ...), which is its place in the order.
-    serial -- appears in the guest as /dev/disk/by-id/virtio-SERIAL.
+    device -- the guest's name of it (vda, vdb, ...), which is its place in the order; on
+        another bus than virtio the guest has other names for the same places.
+    serial -- what the runner in the guest finds it by, whatever its name there.
     backing -- (path, format) of the only file below an overlay; None for a lone file.
     readonly -- the file is the user's own; a disk that is not is one that we made.
     """
@@ -48,6 +53,11 @@ class Domain:
 
     network -- "user", the name of a libvirt network, or None.
     log_is_terminal -- whether the log's stream is a terminal in the guest, for a shell.
+    firmware -- a UEFI as Firmware.for_one_vm() makes it; None for a BIOS, or for what
+        an arch without either has.
+    disk_bus -- "virtio", "sata" or "ide".
+    serial_reports -- whether status and log come over serial ports, because the guest has no
+        driver for virtio ones.
     """
 
     name: str
@@ -59,6 +69,15 @@ class Domain:
     socket_dir: Path
     network: str | None = None
     log_is_terminal: bool = False
+    arch: Arch = ARCHES["x86_64"]
+    firmware: Firmware | None = None
+    disk_bus: str = "virtio"
+    serial_reports: bool = False
+
+    @property
+    def machine(self) -> str:
+        """The machine type: q35 has no IDE."""
+        return "pc" if self.disk_bus == "ide" else self.arch.machine
 
     @property
     def console_socket(self) -> Path:
@@ -73,69 +92,81 @@ class Domain:
         return self.socket_dir / "log"
 
 
-def tcg_cpu_model(os_id: str, version_id: str) -> str:
+def disk_bus(asked: str, missing_drivers: Collection[str], arch: Arch) -> str:
+    """The bus of the disks; asked -- "auto", "virtio", "sata" or "ide".
+
+    Raises UsageError when the arch's machine has no such bus, BuildFailed when it
+    has none that the guest has a driver for.
+    """
+    if asked in ("sata", "ide") and arch.name != "x86_64":
+        raise UsageError(
+            f"--disk-bus {asked} makes no sense for a guest of the arch {arch.name}",
+            "leave it out: its machine has virtio disks only",
+        )
+    if asked != "auto":
+        return asked
+    if "virtio_blk" not in missing_drivers:
+        return "virtio"
+    if arch.name != "x86_64":
+        raise BuildFailed(
+            "no kernel of the utility image has virtio_blk, the driver for its disks",
+            "use a utility image with virtio drivers",
+        )
+    return "sata" if "ahci" not in missing_drivers else "ide"
+
+
+def serial_reports(missing_drivers: Collection[str], arch: Arch) -> bool:
+    """Whether status and log have to come over serial ports; BuildFailed when they cannot."""
+    if "virtio_console" not in missing_drivers:
+        return False
+    if not arch.has_report_ports:
+        raise BuildFailed(
+            "no kernel of the utility image has virtio_console, the driver for what the job"
+            " reports over",
+            "use a utility image with virtio drivers",
+        )
+    return True
+
+
+def tcg_cpu_model(os_id: str, version_id: str, arch: Arch = ARCHES["x86_64"]) -> str:
     """The fastest CPU model under TCG that this guest's binaries run on.
 
     qemu64 boots in 25 s where `max` takes 32 to 37 s; RHEL 9 and its rebuilds
     are compiled for x86-64-v2, RHEL 10 for v3, so they need more.
     """
+    if arch.name != "x86_64":
+        return arch.tcg_cpu_model
     major = version_id.partition(".")[0]
     if os_id in _RHEL_LIKE and major.isdecimal() and int(major) >= 9:
         return "Nehalem" if int(major) == 9 else "Haswell-noTSX"
-    return "qemu64"
+    return arch.tcg_cpu_model
 
 
 def domain_xml(domain: Domain) -> str:
     """The XML as libvirt's createXML takes it."""
     kvm = domain.accel_kind == "kvm"
-    cpu = (
-        E.cpu(mode="host-passthrough", check="none", migratable="off")
-        if kvm
-        else E.cpu(
-            E.model(domain.cpu_model, fallback="forbid"),
-            mode="custom",
-            match="exact",
-            check="none",
-        )
-    )
     document = E.domain(
         E.name(domain.name),
         E.title("utility VM of a koji-indirection build"),
         E.memory(str(domain.memory_bytes), unit="b"),
         E.vcpu(str(domain.cpus)),
-        E.os(
-            E.type("hvm", arch="x86_64", machine="q35"),
-            E.boot(dev="hd"),
-            # The firmware's and the boot loader's words reach the console log too.
-            E.bios(useserial="yes"),
-        ),
-        E.features(E.acpi()),
-        cpu,
+        _os(domain),
+        *_features(domain),
+        _cpu(domain),
         E.clock(offset="utc"),
         E.on_poweroff("destroy"),
         # A reboot must be seen as one, a crashed guest photographed: the watch destroys both.
         E.on_reboot("restart"),
         E.on_crash("preserve"),
         E.devices(
-            *(_disk(disk) for disk in domain.disks),
+            *(_disk(disk, domain.disk_bus) for disk in domain.disks),
             *_interfaces(domain.network),
             E.controller(type="usb", model="none"),
-            _unix_socket(E.serial(E.target(port="0"), type="unix"), domain.console_socket),
-            _unix_socket(
-                E.channel(E.target(type="virtio", name=STATUS_PORT), type="unix"),
-                domain.status_socket,
-            ),
-            _unix_socket(
-                E.console(E.target(type="virtio", port="1"), type="unix")
-                if domain.log_is_terminal
-                else E.channel(E.target(type="virtio", name=LOG_PORT), type="unix"),
-                domain.log_socket,
-            ),
+            *_streams(domain),
             E.rng(E.backend("/dev/urandom", model="random"), model="virtio"),
-            # A screen without a display server: only a screenshot can see it.
-            E.video(E.model(type="vga", vram="16384")),
+            *_screen(domain),
             E.memballoon(model="none"),
-            E.panic(model="isa"),
+            *([E.panic(model=domain.arch.panic_model)] if domain.arch.panic_model else []),
         ),
         type="kvm" if kvm else "qemu",
     )
@@ -143,7 +174,82 @@ def domain_xml(domain: Domain) -> str:
     return text
 
 
-def _disk(disk: Disk) -> etree._Element:
+def _os(domain: Domain) -> etree._Element:
+    element: etree._Element = E.os(E.type("hvm", arch=domain.arch.name, machine=domain.machine))
+    firmware = domain.firmware
+    if firmware is not None:
+        # The variables stay where we put them: libvirt's own place for them outlives the VM.
+        secure = "yes" if firmware.needs_smm else "no"
+        loader = E.loader(str(firmware.code), readonly="yes", secure=secure, type="pflash")
+        variables = E.nvram(str(firmware.variables))
+        element.extend([loader, variables])
+    element.append(E.boot(dev="hd"))
+    if firmware is None and domain.arch.uefi == "optional":
+        # The firmware's and the boot loader's words reach the console log too.
+        element.append(E.bios(useserial="yes"))
+    return element
+
+
+def _features(domain: Domain) -> list[etree._Element]:
+    if domain.arch.uefi == "never":
+        return []  # without a firmware that could have them, libvirt refuses ACPI tables
+    features: etree._Element = E.features(E.acpi())
+    if domain.firmware is not None and domain.firmware.needs_smm:
+        features.append(E.smm(state="on"))
+    return [features]
+
+
+def _cpu(domain: Domain) -> etree._Element:
+    if domain.accel_kind != "kvm":
+        model = E.model(domain.cpu_model, fallback="forbid")
+        element: etree._Element = E.cpu(model, mode="custom", match="exact", check="none")
+        return element
+    element = E.cpu(mode="host-passthrough", check="none")
+    if domain.arch.name == "x86_64":
+        element.set("migratable", "off")
+    return element
+
+
+def _streams(domain: Domain) -> list[etree._Element]:
+    """Console, status and log, each a socket that qemu serves."""
+    sockets = (domain.status_socket, domain.log_socket)
+    if domain.arch.console == "sclp":
+        console = E.console(E.target(type="sclp", port="0"), type="unix")
+    else:
+        console = E.serial(E.target(port="0"), type="unix")
+    if domain.serial_reports:
+        # The third port of a PC shares the first one's interrupt, and would hang for it.
+        reports = [
+            E.serial(E.target(port="1"), type="unix"),
+            E.serial(
+                E.target(port="2"),
+                E.address(type="isa", iobase="0x3e8", irq="0x5"),
+                type="unix",
+            ),
+        ]
+    else:
+        reports = [
+            E.channel(E.target(type="virtio", name=name), type="unix")
+            for name in (STATUS_PORT, LOG_PORT)
+        ]
+        if domain.log_is_terminal:
+            reports[1] = E.console(E.target(type="virtio", port="1"), type="unix")
+    return [
+        _unix_socket(console, domain.console_socket),
+        *(_unix_socket(device, path) for device, path in zip(reports, sockets)),
+    ]
+
+
+def _screen(domain: Domain) -> list[etree._Element]:
+    """A screen without a display server: only a screenshot can see it."""
+    model = domain.arch.video_model
+    if model is None:
+        return []
+    memory = {"vram": "16384"} if model == "vga" else {}
+    return [E.video(E.model(type=model, **memory))]
+
+
+def _disk(disk: Disk, bus: str) -> etree._Element:
     own_file = not disk.readonly
     driver = E.driver(name="qemu", type=disk.format)
     if own_file:
@@ -154,7 +260,7 @@ def _disk(disk: Disk) -> etree._Element:
         driver,
         _source(disk.path, own_file),
         _backing_store(disk.backing),
-        E.target(dev=disk.device, bus="virtio"),
+        E.target(dev=_BUS_PREFIX[bus] + disk.device[-1], bus=bus),
         E.serial(disk.serial),
         type="file",
         device="disk",

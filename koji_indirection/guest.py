@@ -6,22 +6,36 @@ files under /etc are written, because /etc is on the root file system everywhere
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import re
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from . import initsystem
 from .appliance import Appliance, ApplianceError
-from .errors import BuildFailed
 from .guestjob import Files, GuestJob, host_files, job_files
 from .guestlog import printable
 from .initsystem import Start, text_of
+from .rootfs import mount_root
 
 log = logging.getLogger(__name__)
+
+# Every system has one of them, and in its own arch.
+_PROGRAMS = ("/bin/sh", "/sbin/init", "/usr/lib/systemd/systemd", "/bin/busybox", "/bin/bash")
+_ETC = PurePosixPath("/etc")
+_SELINUX_XATTR = "security.selinux"
+# The types in the policies of RHEL, Fedora and openSUSE, first match first.
+_LABELS = (
+    (r"/etc/systemd/system/", "systemd_unit_file_t"),
+    (r"/etc(/rc\.d)?/init\.d/koji-indirection$|/etc/rc\.local$", "initrc_exec_t"),
+    (r"/etc/selinux/config$", "selinux_config_t"),
+    (r"", "etc_t"),
+)
+_DRIVERS = ("virtio_blk", "virtio_console", "ahci", "ata_piix")
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,9 @@ class GuestSystem:
     os_id, version_id -- as in os-release(5); empty when the guest has none.
     init -- how the job is started, as initsystem.Start names it.
     selinux -- True when the guest enforced SELinux and now boots permissive.
+    arch -- what its programs are compiled for, e.g. "x86_64" or "i386"; empty when unknown.
+    missing_drivers -- those of virtio_blk, virtio_console, ahci and ata_piix that none of its
+        kernels has.
     """
 
     root_device: str
@@ -39,20 +56,8 @@ class GuestSystem:
     version_id: str
     init: str
     selinux: bool
-
-
-def require_boot_code(appliance: Appliance) -> None:
-    """Raise BuildFailed when the first drive's boot sector holds no program.
-
-    The firmware runs the zeros of such a sector, if it is signed, and says
-    nothing more: that would last until the boot deadline.
-    """
-    code: str = appliance.call("pread_device", "/dev/sda", 440, 0)
-    if not code.strip("\0"):
-        raise BuildFailed(
-            "the utility image is not bootable: there is no boot loader in its first sector",
-            "use an image with a BIOS boot loader",
-        )
+    arch: str = ""
+    missing_drivers: frozenset[str] = frozenset()
 
 
 def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem:
@@ -61,10 +66,14 @@ def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem
     Raises BuildFailed when the image holds no operating system, or one in
     which nothing could start the job.
     """
-    root_device = _mount_root(appliance)
+    root_device = mount_root(appliance)
     start = initsystem.plan(appliance)
     selinux_config = _permissive_selinux_config(appliance)
     os_release = _os_release(appliance)
+    arch = _arch(appliance)
+    missing_drivers = _missing_drivers(appliance)
+    if "virtio_console" in missing_drivers:
+        job = dataclasses.replace(job, serial_reports=True)
     archive = tmp_dir / "job.tar"
     archive.write_bytes(job_archive(job, start=start, selinux_config=selinux_config))
     for path in start.removed:
@@ -75,6 +84,7 @@ def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem
     for path, source in host_files(job).items():
         appliance.call("upload", str(source), f"/{path}")
         appliance.call("chmod", 0o600, f"/{path}")
+    _label(appliance, [*_archive_names(archive), *host_files(job)])
     appliance.call("umount_all")
     system = GuestSystem(
         root_device,
@@ -82,11 +92,14 @@ def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem
         os_release.get("VERSION_ID", ""),
         start.init,
         selinux=selinux_config is not None,
+        arch=arch,
+        missing_drivers=missing_drivers,
     )
     log.info(
-        "utility image: %s %s on %s, started by %s%s",
+        "utility image: %s %s for %s on %s, started by %s%s",
         system.os_id or "unknown system",
         system.version_id,
+        system.arch or "an unknown arch",
         root_device,
         start.init,
         ", SELinux set to permissive" if system.selinux else "",
@@ -120,56 +133,34 @@ def _tar(files: Files, links: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _job_file(name: str) -> bytes:
-    return resources.files("koji_indirection").joinpath("job", name).read_bytes()
+def _archive_names(archive: Path) -> list[str]:
+    with tarfile.open(archive) as tar:
+        return tar.getnames()
 
 
-def _mount_root(appliance: Appliance) -> str:
-    """Mount the file system that looks like a root at the appliance's /, read-write.
+def _label(appliance: Appliance, names: Iterable[str]) -> None:
+    """Give what was written the labels that the policy has for it, if the guest has labels.
 
-    Looking for the marks of a root on each file system takes well under a
-    second; libguestfs's own inspection takes 11 to 16 s under TCG and is asked
-    only when the marks are not found (a /usr or /etc of its own).
+    Without them a guest that turns enforcing again could not read its own units.
     """
-    file_systems: dict[str, str] = appliance.call("list_filesystems")
-    unreadable = []
-    for device, kind in file_systems.items():
-        if not kind.startswith(("ext", "xfs", "btrfs", "f2fs")):
-            continue
-        try:
-            appliance.call("mount", device, "/")
-        except ApplianceError as error:
-            unreadable.append(f"{device} does not mount: {printable(error.reason, 200)}")
-            log.debug("%s", unreadable[-1])
-            continue
-        if appliance.call("is_dir", "/etc", followsymlinks=True) and any(
-            appliance.call("exists", path) or appliance.call("is_symlink", path)
-            for path in ("/sbin/init", "/usr/lib/systemd/systemd", "/bin/busybox")
-        ):
-            return device
-        appliance.call("umount_all")
-    roots: list[str] = appliance.call("inspect_os")
-    if not roots:
-        found = ", ".join(f"{device} ({kind})" for device, kind in file_systems.items())
-        raise BuildFailed(
-            "; ".join(
-                [
-                    "the utility image holds no operating system",
-                    f"file systems found: {found or 'none'}",
-                    *unreadable,
-                ]
-            ),
-            "use an image of a full, bootable system as utility image",
-        )
-    mountpoints: dict[str, str] = appliance.call("inspect_get_mountpoints", roots[0])
-    for directory in sorted(mountpoints, key=len):
-        try:
-            appliance.call("mount", mountpoints[directory], directory)
-        except ApplianceError as error:
-            if directory in ("/", "/usr"):
-                raise
-            log.debug("%s does not mount: %s", directory, error.reason)
-    return roots[0]
+    if not _has_label(appliance, "/etc"):
+        return
+    paths = {PurePosixPath("/", name) for name in names}
+    for directory in {parent for path in paths for parent in path.parents}:
+        if _ETC in directory.parents and not _has_label(appliance, str(directory)):
+            paths.add(directory)  # it was not there before
+    for path in sorted(paths):
+        kind = next(kind for pattern, kind in _LABELS if re.match(pattern, str(path)))
+        label = f"system_u:object_r:{kind}:s0"
+        appliance.call("lsetxattr", _SELINUX_XATTR, label, len(label), str(path))
+
+
+def _has_label(appliance: Appliance, path: str) -> bool:
+    try:
+        appliance.call("lgetxattr", path, _SELINUX_XATTR)
+    except ApplianceError:
+        return False
+    return True
 
 
 def _permissive_selinux_config(appliance: Appliance) -> str | None:
@@ -194,3 +185,29 @@ def _os_release(appliance: Appliance) -> dict[str, str]:
             pairs = (line.partition("=") for line in text_of(appliance, path).splitlines())
             return {key: value.strip("\"'")[:64] for key, _, value in pairs}
     return {}
+
+
+def _arch(appliance: Appliance) -> str:
+    for path in _PROGRAMS:
+        if appliance.call("is_file", path, followsymlinks=True):
+            try:
+                arch: str = appliance.call("file_architecture", appliance.call("realpath", path))
+            except ApplianceError as error:  # no program at all, or one of an arch of its own
+                log.debug("%s: %s", path, error.reason)
+            else:
+                return printable(arch, 20)
+    return ""
+
+
+def _missing_drivers(appliance: Appliance) -> frozenset[str]:
+    """The drivers that no kernel has; none when it cannot be told what the kernels have."""
+    if not appliance.call("is_dir", "/lib/modules", followsymlinks=True):
+        return frozenset()
+    missing = set(_DRIVERS)
+    lists = appliance.call("glob_expand", "/lib/modules/*/modules.builtin")
+    for driver in _DRIVERS:
+        if appliance.call("glob_expand", f"/lib/modules/*/kernel/drivers/*/{driver}.ko*") or any(
+            appliance.call("grep", f"/{driver}.ko", path) for path in lists
+        ):
+            missing.discard(driver)
+    return frozenset(missing) if lists else frozenset()

@@ -63,6 +63,7 @@ class GuestJob:
     environment -- more variables for set-up and commands; may hold a proxy's password.
     workspace -- the device with the workspace's file system.
     input -- the input image's device, or its path in the workspace.
+    serial_reports -- whether status and log go to serial ports: there are no virtio ones.
     results_dir -- the directory in the workspace where the first result is expected.
     terminal -- None; or where a shell runs instead of the commands, which only lie in place.
     """
@@ -79,6 +80,7 @@ class GuestJob:
     input: str = "/input_image.raw"
     results_dir: str = "/"
     terminal: Terminal | None = None
+    serial_reports: bool = False
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -145,9 +147,13 @@ def _settings(job: GuestJob) -> bytes:
         "STATUS_PORT": STATUS_PORT,
         "LOG_PORT": LOG_PORT,
         "SAMPLE_SECONDS": str(SAMPLE_SECONDS),
+        # The ports beside that of the console: what a guest has that has no virtio driver.
+        "STATUS_TTY": "/dev/ttyS1" if job.serial_reports else "",
+        "LOG_TTY": "/dev/ttyS2" if job.serial_reports else "",
         "WORKSPACE": job.workspace,
         "INPUT": job.input,
         "RESULTS_DIR": job.results_dir,
+        "DISKS": " ".join(_disks(job)),
         "SETUP": " ".join(job.steps),
         "NETWORK": job.network or "",
         "MEDIA_DEVICE": device,
@@ -156,11 +162,21 @@ def _settings(job: GuestJob) -> bytes:
     }
     if job.terminal is not None:
         values |= {
-            "SHELL_TTY": SHELL_TTY,
+            "SHELL_TTY": values["LOG_TTY"] or SHELL_TTY,
             "TERMINAL_TYPE": job.terminal.type,
             "TERMINAL_SIZE": f"rows {job.terminal.rows} cols {job.terminal.columns}",
         }
     return "".join(f"{key}={shlex.quote(value)}\n" for key, value in values.items()).encode()
+
+
+def _disks(job: GuestJob) -> list[str]:
+    """DEVICE:SERIAL of each disk that the guest has besides its own."""
+    disks = [f"{job.workspace[:-1]}:workspace"]
+    if job.input.startswith("/dev/"):
+        disks.append(f"{job.input}:input")
+    if job.media is not None:
+        disks.append(f"/dev/{job.media[0]}:{MEDIA_SERIAL}")
+    return disks
 
 
 def _environment(job: GuestJob) -> bytes:

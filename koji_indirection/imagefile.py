@@ -118,16 +118,21 @@ def vet(path: Path, *, max_virtual_size_bytes: int, work_dir: Path, role: str) -
 
 
 def create_overlay(base: ImageFile, path: Path) -> ImageFile:
-    """Make a copy-on-write qcow2 over `base`, which stays as it is.
+    """Make a copy-on-write qcow2 over `base`, which stays as it is."""
+    path = path.absolute()
+    write_overlay(base.path, base.format, base.virtual_size_bytes, path)
+    return dataclasses.replace(base, path=path, format="qcow2")
+
+
+def write_overlay(base: Path, base_format: str, size_bytes: int, path: Path) -> None:
+    """Write an empty copy-on-write qcow2 over a file.
 
     Nothing is opened but the new file: size and format of the base are known
     (-u), so this cannot follow what took the base's place in the meantime.
     """
-    path = path.absolute()
     argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2"]
-    argv += ["-F", base.format, "-b", str(base.path), str(path), str(base.virtual_size_bytes)]
+    argv += ["-F", base_format, "-b", str(base), str(path), str(size_bytes)]
     programs.run(argv, timeout_seconds=_INFO_TIMEOUT_SECONDS)
-    return dataclasses.replace(base, path=path, format="qcow2")
 
 
 def unchanged(image: ImageFile) -> bool:

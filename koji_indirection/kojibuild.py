@@ -844,6 +844,7 @@ def _fetch_and_build(
             template_name=Path(spec.template).name,
             input_image=input_image,
             utility_image=utility_image,
+            arch=arch,
             output=directory,
             label=f"task-{daemon.task_id}",
             origin=inputs.origin(),

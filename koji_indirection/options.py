@@ -112,6 +112,11 @@ BUILD_GROUPS: Mapping[str, Sequence[Option]] = {
                parse_size),
         Option("--workspace-fs", "TYPE", f"ext4, ext2 or xfs (default: {_BUILD.workspace_fs})",
                "workspace_fs"),
+        Option("--firmware", "KIND", "auto, bios or uefi (default: auto: BIOS if the utility image"
+               " boots by one, else UEFI)", "firmware"),
+        _flag("--secure-boot", "boot by UEFI with Secure Boot enforced"),
+        Option("--disk-bus", "BUS", "auto, virtio, sata or ide (default: auto: virtio if the"
+               " utility image has a driver for it)", "disk_bus"),
         Option("--cpus", "N", "(default: all of the builder's, up to 4)", "cpus", _whole_number),
         Option("--memory", "SIZE", f"such as 4G (default: {format_size(_BUILD.memory_bytes)})",
                "memory_bytes", parse_size),

@@ -30,8 +30,11 @@ from . import (
     __version__,
     accel,
     appliance,
+    arches,
+    bootpath,
     console,
     filefetch,
+    firmware,
     guest,
     imagefile,
     machine,
@@ -43,7 +46,7 @@ from . import (
 )
 from .appliance import Appliance, Drive
 from .config import Settings, require_within_limits
-from .domain import NAME_PREFIX, Disk, Domain, tcg_cpu_model
+from .domain import NAME_PREFIX, Disk, Domain, disk_bus, serial_reports, tcg_cpu_model
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError, without_passwords
 from .guest import GuestSystem
 from .guestjob import GuestFile, GuestJob, Terminal, results_directory, spec_repositories
@@ -84,6 +87,7 @@ class GuestOrder:
     """Which guest to boot, and what is to be in it.
 
     utility_image -- None: the input image is its own utility.
+    arch -- what the guest is of; None: this machine's. Another one is emulated.
     """
 
     spec: BuildSpec
@@ -91,6 +95,7 @@ class GuestOrder:
     template_name: str
     input_image: Path
     utility_image: Path | None
+    arch: str | None
 
 
 @dataclass(frozen=True)
@@ -205,6 +210,7 @@ class _Guest:
         terminal: Terminal | None = None,
     ) -> None:
         self.order = order
+        self.arch = arches.named(order.arch or arches.of_host())
         self.spec = order.spec
         self.settings = settings
         self.timeline = timeline
@@ -218,7 +224,7 @@ class _Guest:
         self.job = stack.enter_context(
             job_directory(self.settings.work_dir, also_removed=also_removed)
         )
-        self.accel = accel.choose(self.settings.accel, cache_dir=self.settings.cache_dir)
+        self.accel = self._accelerator()
         self._note_host()
         self.utility, self.input = self._vet()
 
@@ -241,12 +247,14 @@ class _Guest:
         self.guest_job = self._guest_job(media_disk)
 
         self.timeline.enter("inject")
-        self.system = self._inject(self.overlay, self.guest_job)
-
+        self.system, boots_by = self._inject(self.overlay, self.guest_job)
+        hardware = self._hardware(self.system, boots_by)
         disks = self._disks(self.overlay, self.workspace_disk)
         if media_disk is not None:
             disks.append(media_disk.disk)
-        return self._domain(disks)
+        if hardware.disk_bus != "virtio":
+            disks = [self._writable(one) for one in disks]
+        return dataclasses.replace(hardware, disks=disks)
 
     @property
     def boot_timeout_seconds(self) -> int:
@@ -260,6 +268,20 @@ class _Guest:
             log.warning("template: unknown, and without effect: %s", ", ".join(template.mistaken))
         network.require_allowed(self.spec.network, self.settings)
         template.require_network(self.spec.network)
+
+    def _accelerator(self) -> accel.Accel:
+        """What the guest runs on: one of another arch can only be emulated."""
+        wanted = self.settings.accel
+        host = arches.of_host()
+        if self.arch.name != host:
+            if wanted == "kvm":
+                raise UsageError(
+                    f"a guest of the arch {self.arch.name} cannot run on KVM, because this machine"
+                    f" is of the arch {host}",
+                    "use --accel auto or tcg, which emulate it slowly",
+                )
+            wanted = "tcg"
+        return accel.choose(wanted, cache_dir=self.settings.cache_dir)
 
     def _note_host(self) -> None:
         self.record.accelerator = {"kind": self.accel.kind, "reason": self.accel.reason}
@@ -371,7 +393,7 @@ class _Guest:
 
     def _guest_job(self, media_disk: media.Media | None) -> GuestJob:
         spec, template = self.spec, self.order.template
-        commands = template.commands_for(platform.machine())
+        commands = template.commands_for(self.order.arch or platform.machine())
         skipped = [command for command in template.commands if command not in commands]
         for command in skipped:
             log.info("command %s is for %s only: not run", command.name, command.arch)
@@ -403,21 +425,70 @@ class _Guest:
             files.append(GuestFile(file.name, data, file.mode, file.owner))
         return files
 
-    def _inject(self, overlay: _Overlay, job: GuestJob) -> GuestSystem:
+    def _inject(self, overlay: _Overlay, job: GuestJob) -> tuple[GuestSystem, str]:
+        """Put the job into the overlay; what was found in it, and the firmware it boots by."""
         drive = Drive(str(overlay.path), overlay.format, readonly=False)
         with appliance.appliance(
             [drive], accel_kind=self.accel.kind, job_dir=self.job.path
         ) as running:
             self.record.versions["libguestfs"] = running.version()
-            guest.require_boot_code(running)
+            boot_paths = bootpath.examine(running)
             system = guest.inject(running, job, tmp_dir=self.job.path)
+        if system.arch and arches.canonical(system.arch) != self.arch.name:
+            raise BuildFailed(
+                f"the utility image is a system for {system.arch}, but the guest is to be one for"
+                f" {self.arch.name}",
+                "use a utility image of that arch, or name the image's own with --arch",
+            )
+        boots_by = bootpath.choose(
+            boot_paths, self.arch, asked=self.spec.firmware, secure_boot=self.spec.secure_boot
+        )
         self.record.guest = {
             "os_id": system.os_id,
             "version_id": system.version_id,
             "init": system.init,
             "selinux_made_permissive": system.selinux,
+            "arch": self.arch.name,
+            "firmware": boots_by,
         }
-        return system
+        return system, boots_by
+
+    def _hardware(self, system: GuestSystem, boots_by: str) -> Domain:
+        """The utility VM as far as the utility image decides it: without disks."""
+        spec, arch, kind = self.spec, self.arch, self.accel.kind
+        without = Domain(
+            name="-".join(filter(None, (NAME_PREFIX, self.label, uuid.uuid4().hex[:12]))),
+            accel_kind=kind,
+            memory_bytes=spec.memory_bytes,
+            cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX, self.settings.max_cpus),
+            cpu_model=tcg_cpu_model(system.os_id, system.version_id, arch),
+            disks=(),
+            socket_dir=self.job.run,
+            network=spec.network,
+            arch=arch,
+            disk_bus=disk_bus(spec.disk_bus, system.missing_drivers, arch),
+            serial_reports=serial_reports(system.missing_drivers, arch),
+            log_is_terminal=self.terminal is not None,
+        )
+        self.record.guest["disk_bus"] = without.disk_bus
+        if boots_by != "uefi":
+            return without
+        uefi = firmware.find(arch.name, without.machine, secure_boot=spec.secure_boot)
+        log.info("firmware: %s%s", uefi.code, ", Secure Boot" if uefi.secure_boot else "")
+        return dataclasses.replace(without, firmware=uefi.for_one_vm(self.job.path))
+
+    def _writable(self, disk: Disk) -> Disk:
+        """The disk with an overlay, if it is read-only: disks on SATA and IDE cannot be."""
+        if not disk.readonly:
+            return disk
+        path = self.job.path / f"{disk.serial}-overlay.qcow2"
+        # The input's size is known; the media is raw, and as long as its file.
+        is_input = disk.serial == "input"
+        size = self.input.virtual_size_bytes if is_input else disk.path.stat().st_size
+        imagefile.write_overlay(disk.path, disk.format, size, path)
+        return dataclasses.replace(
+            disk, path=path, format="qcow2", backing=(disk.path, disk.format), readonly=False
+        )
 
     def _disks(self, overlay: _Overlay, workspace_disk: Path) -> list[Disk]:
         """The guest's disks, in the order that gives them their names."""
@@ -433,20 +504,6 @@ class _Guest:
                 image = self._reachable(self.input, "input")
                 disks.append(Disk(device, role, image.path, image.format, readonly=True))
         return disks
-
-    def _domain(self, disks: Sequence[Disk]) -> Domain:
-        spec, system = self.spec, self.system
-        return Domain(
-            name="-".join(filter(None, (NAME_PREFIX, self.label, uuid.uuid4().hex[:12]))),
-            accel_kind=self.accel.kind,
-            memory_bytes=spec.memory_bytes,
-            cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX, self.settings.max_cpus),
-            cpu_model=tcg_cpu_model(system.os_id, system.version_id),
-            disks=disks,
-            socket_dir=self.job.run,
-            network=spec.network,
-            log_is_terminal=self.terminal is not None,
-        )
 
 
 class _Shell(_Guest):

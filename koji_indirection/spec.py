@@ -142,6 +142,28 @@ SCHEMA: dict[str, Any] = {
             "enum": ["ext4", "ext2", "xfs"],
             "default": DEFAULT_WORKSPACE_FS,
         },
+        "firmware": {
+            "title": "Firmware",
+            "description": "What the guest boots by. auto: a BIOS where the utility image has "
+            "a boot loader for one, else UEFI; and what arches without a BIOS have.",
+            "type": "string",
+            "enum": ["auto", "bios", "uefi"],
+            "default": "auto",
+        },
+        "secure_boot": {
+            "title": "Secure Boot",
+            "description": "Boot by UEFI, which starts only what is signed with the usual keys.",
+            "type": "boolean",
+            "default": False,
+        },
+        "disk_bus": {
+            "title": "Disk bus",
+            "description": "What the guest's disks are attached to. auto: virtio, unless no "
+            "kernel of the utility image has a driver for it. sata and ide: x86_64 only.",
+            "type": "string",
+            "enum": ["auto", "virtio", "sata", "ide"],
+            "default": "auto",
+        },
         "cpus": {
             "title": "CPUs",
             "description": "CPUs of the guest. The default is all of the builder's, up to 4.",
@@ -231,6 +253,9 @@ class BuildSpec:
     workspace_device: str = DEFAULT_WORKSPACE_DEVICE
     workspace_size_bytes: int = DEFAULT_WORKSPACE_SIZE_BYTES
     workspace_fs: str = DEFAULT_WORKSPACE_FS
+    firmware: str = "auto"
+    secure_boot: bool = False
+    disk_bus: str = "auto"
     cpus: int | None = None
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     boot_timeout_seconds: int | None = None
@@ -252,6 +277,7 @@ class BuildSpec:
         _check_network(self)
         _check_input(self)
         _check_devices(self)
+        _check_machine(self)
         if self.input_device is None and self.input_filename is None:
             object.__setattr__(self, "input_filename", DEFAULT_INPUT_FILENAME)
 
@@ -423,6 +449,20 @@ def _check_devices(spec: BuildSpec) -> None:
             f"build spec: workspace_device is {spec.workspace_device!r} "
             f"and input_device is {spec.input_device!r}",
             why,
+        )
+
+
+def _check_machine(spec: BuildSpec) -> None:
+    if spec.secure_boot and spec.firmware == "bios":
+        raise UsageError(
+            "build spec: secure_boot is given and firmware is 'bios', which has no Secure Boot",
+            "leave one of them out",
+        )
+    if spec.secure_boot and spec.disk_bus == "ide":
+        raise UsageError(
+            "build spec: secure_boot is given and disk_bus is 'ide', but the machine with an IDE"
+            " bus has no Secure Boot",
+            "leave one of them out",
         )
 
 

@@ -33,7 +33,12 @@ _CONSOLE_LINES_IN_ERRORS = 20
 _LATE_EVENT_SECONDS = 1.0
 # At the start of a console line, behind the kernel's time stamp.
 _PANIC = re.compile(rb"(?:\[ *\d+\.\d+\] )?Kernel panic - not syncing: ?([^\r\n]*)")
-_NOT_BOOTABLE = re.compile(rb"No bootable device|Boot failed: not a bootable disk")
+_NOT_BOOTABLE = re.compile(
+    rb"No bootable device|Boot failed: not a bootable disk"
+    # UEFI, with a shell of its own and without.
+    rb"|UEFI Interactive Shell|No bootable option or device was found"
+)
+_NOT_SIGNED = re.compile(rb"BdsDxe: failed to (load|start) .*: (Access Denied|Security Violation)")
 # A guest that lives sends a sample every five seconds, whatever its console says.
 _SILENCE_AFTER_PANIC_SECONDS = 12.0
 _SILENCE_OF_A_JOB_SECONDS = 600.0
@@ -143,7 +148,7 @@ class Watch:
         self._bad_reports = 0
         self._stopped = False
         self._panic: str | None = None
-        self._not_bootable = False
+        self._not_bootable = self._not_signed = False
         self._last_heard = time.monotonic()
         self._stage = "boot"
         self._stage_started = time.monotonic()
@@ -211,6 +216,8 @@ class Watch:
         for line in self._console_lines.feed(data):
             if self._stage == "boot" and _NOT_BOOTABLE.search(line):
                 self._not_bootable = True
+            if self._stage == "boot" and _NOT_SIGNED.search(line):
+                self._not_signed = True
             panic = _PANIC.match(line)
             if panic and self._panic is None:
                 self._panic = printable(panic.group(1), 200).strip()
@@ -327,10 +334,16 @@ class Watch:
             raise self._early_end("the guest rebooted")
         if event == "stopped":
             raise self._early_end("the guest powered off")
+        if self._not_signed:
+            raise BuildFailed(
+                "Secure Boot refused the boot loader of the utility image: it is not signed with a"
+                " key that the firmware knows",
+                "leave --secure-boot out, or use an image with a signed boot loader",
+            )
         if self._not_bootable:
             raise BuildFailed(
                 "the utility image is not bootable: the firmware found no boot loader on it",
-                "use an image with a BIOS boot loader",
+                "use an image that boots by itself; --firmware bios or uefi boots it in one way",
             )
 
     def _next_event(self, timeout_seconds: float) -> str | None:

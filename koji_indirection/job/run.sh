@@ -26,6 +26,41 @@ export PATH HOME USER LOGNAME TERM LANG
 umask 022
 cd /
 
+# Print the disk with this serial number, whatever bus it is on.
+disk() {
+    for block in /sys/block/*; do
+        serial=
+        if [ -r "$block/serial" ]; then
+            read -r serial <"$block/serial"
+        elif [ -r "$block/device/vpd_pg80" ]; then # SATA: binary, and padded
+            serial=$(tr -cd a-z <"$block/device/vpd_pg80" 2>/dev/null)
+        fi
+        [ "$serial" = "$1" ] && echo "/dev/${block##*/}" && return 0
+    done
+    for link in /dev/disk/by-id/*[-_]"$1"; do
+        [ -b "$link" ] && readlink -f "$link" && return 0
+    done
+    return 1
+}
+
+# A disk has its virtio name on every bus: templates may name it, and its partition.
+workspace_name=$WORKSPACE
+for entry in $DISKS; do
+    name=${entry%:*}
+    [ ! -e "$name" ] || continue
+    found=$(disk "${entry#*:}")
+    if [ -z "$found" ]; then # a kernel too old to tell serial numbers: the order is the same
+        for other in sd hd; do
+            [ -b "/dev/$other${name#/dev/vd}" ] && found=/dev/$other${name#/dev/vd}
+        done
+    fi
+    [ -n "$found" ] || continue
+    ln -s "$found" "$name"
+    [ ! -b "${found}1" ] || ln -s "${found}1" "${name}1"
+    [ "${name}1" != "$workspace_name" ] || WORKSPACE=${found}1
+    [ "$name" != "$INPUT" ] || INPUT=$found
+done
+
 # What templates and set-up steps may rely on; then a proxy, if the guest has a network.
 INDIRECTION_WORKSPACE=$WORKSPACE INDIRECTION_INPUT=$INPUT INDIRECTION_RESULTS_DIR=$RESULTS_DIR
 export INDIRECTION_WORKSPACE INDIRECTION_INPUT INDIRECTION_RESULTS_DIR
@@ -66,8 +101,15 @@ port() {
     return 1
 }
 
+if [ -n "$STATUS_TTY" ]; then
+    status_port=$STATUS_TTY log_port=$LOG_TTY
+    for tty in "$STATUS_TTY" "$LOG_TTY"; do
+        stty -F "$tty" 115200 raw -echo clocal
+    done
+fi
+
 tries=0
-until status_port=$(port "$STATUS_PORT") && log_port=$(port "$LOG_PORT"); do
+until [ -n "$STATUS_TTY" ] || { status_port=$(port "$STATUS_PORT") && log_port=$(port "$LOG_PORT"); }; do
     [ "$tries" -eq 0 ] && modprobe virtio_console 2>/dev/null
     tries=$((tries + 1))
     if [ "$tries" -gt 60 ]; then
@@ -125,7 +167,8 @@ sample() {
     done </proc/meminfo
     workspace=0
     while read -r device directory _; do
-        [ "$device" = "$WORKSPACE" ] && workspace=$(used_bytes "$directory") && break
+        case $device in "$WORKSPACE" | "$workspace_name") ;; *) continue ;; esac
+        workspace=$(used_bytes "$directory") && break
     done </proc/mounts
     report "{\"event\":\"sample\",\"memory_bytes\":$(((total - available) * 1024)),\"root_bytes\":$(used_bytes /),\"workspace_bytes\":$workspace}"
 }
@@ -217,4 +260,6 @@ done
 
 sample
 report "{\"event\":\"job-ended\",\"status\":$status}"
+# Unlike a virtio port, a serial one still has the last words when it has taken them.
+[ -z "$STATUS_TTY" ] || { stty -F "$STATUS_TTY" raw && sleep 1; }
 power_off

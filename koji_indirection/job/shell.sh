@@ -4,7 +4,7 @@
 
 . /etc/koji-indirection/settings
 exec <"$SHELL_TTY" >"$SHELL_TTY" 2>&1
-stty $TERMINAL_SIZE 2>/dev/null
+stty sane $TERMINAL_SIZE 2>/dev/null
 
 [ "$2" -eq 0 ] || echo "=== the set-up has failed, see above"
 echo "=== the commands, none of which has been run:"

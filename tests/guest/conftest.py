@@ -243,9 +243,11 @@ class Builder:
         self._started.append(running)
         return running
 
-    def __call__(self, commands: Commands, *options: object, **more: Any) -> Built:
-        """Run a build to its end."""
-        return self.start(commands, *options, **more).finish()
+    def __call__(
+        self, commands: Commands, *options: object, seconds: float = 240, **more: Any
+    ) -> Built:
+        """Run a build to its end, which is a mistake of ours if it takes longer than this."""
+        return self.start(commands, *options, **more).finish(seconds)
 
     def processes(self) -> dict[int, str]:
         """Every process whose command line names the work directory, but the command itself."""

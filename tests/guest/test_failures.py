@@ -99,7 +99,7 @@ def test_an_early_end_of_the_guest_is_told_for_what_it_is(
 def test_a_guest_that_never_starts_the_job_is_a_fault(
     build: Builder, tiny_raw: Path, tmp_path: Path, script: str, message: str
 ) -> None:
-    start = f"#!/bin/sh\n# not /etc/rc.local\nmount -t proc proc /proc\nsleep 1\n{script}\n"
+    start = f"#!/bin/sh\n: not /etc/rc.local\nmount -t proc proc /proc\nsleep 1\n{script}\n"
     replace_in_root(tiny_raw, "/etc/init.d/rcS", start, tmp_path)
     built = build(
         [("never", "true")], "--boot-timeout", "25", input_image=tiny_raw

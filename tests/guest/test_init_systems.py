@@ -74,6 +74,7 @@ def test_sysvinit_runs_the_job_behind_all_other_services(
             ("result", RESULT),
         ],
         *DEBIAN,
+        seconds=900,
         input_image=tiny_image,
         utility_image=disk,
     ).succeeded()
@@ -98,6 +99,7 @@ def test_openrc_runs_the_job_behind_all_other_services(
             ("result", RESULT),
         ],
         *DEBIAN,
+        seconds=900,
         input_image=tiny_image,
         utility_image=disk,
     ).succeeded()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import posixpath
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,21 @@ class FakeGuest:
 
     def pread(self, path: str, count: int, offset: int) -> str:
         return self.files[self._resolved(path)][offset : offset + count]
+
+    def glob_expand(self, pattern: str) -> list[str]:
+        return [name for name in self.files if fnmatch.fnmatch(name, pattern)]
+
+    def grep(self, pattern: str, path: str) -> list[str]:
+        return [line for line in self.files[path].splitlines() if pattern in line]
+
+    def file_architecture(self, path: str) -> str:
+        text = self.files[path]
+        if not text.startswith("ELF "):
+            raise ApplianceError("file_architecture", f"unknown architecture: {path}")
+        return text[4:]
+
+    def lgetxattr(self, path: str, name: str) -> str:
+        raise ApplianceError("lgetxattr", f"{path}: {name}: No data available")
 
     def inspect_os(self) -> list[str]:
         return []

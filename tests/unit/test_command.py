@@ -19,6 +19,7 @@ from koji_indirection import command, pipeline
 from koji_indirection.config import Settings
 from koji_indirection.errors import BuilderFault
 from koji_indirection.jobdir import python_environment
+from koji_indirection.pipeline import Order
 from koji_indirection.spec import BuildSpec
 from koji_indirection.units import GIB
 
@@ -177,6 +178,11 @@ def test_a_wrong_command_line_exits_2_with_one_sentence(
         (["--input-writable"], "input_device"),
         (["--input-device", "vdb"], "vdb"),
         (["--workspace-fs", "ntfs"], "workspace_fs"),
+        (["--firmware", "efi"], "firmware"),
+        (["--firmware", "bios", "--secure-boot"], "secure_boot is given and firmware is 'bios'"),
+        (["--disk-bus", "ide", "--secure-boot"], "secure_boot is given and disk_bus is 'ide'"),
+        (["--disk-bus", "scsi"], "disk_bus"),
+        (["--arch", "sparc"], "no virtual machine for a guest of the arch 'sparc'"),
         (["--results", "relative"], "results"),
         (["--cpus", "1000"], "cpus"),
     ],
@@ -359,7 +365,7 @@ def test_doctor_says_what_a_bare_machine_lacks(
     assert findings["libguestfs"]["verdict"] == "FAILED"
     assert "python3-guestfs" in findings["libguestfs"]["message"] + findings["libguestfs"]["hint"]
     assert findings["qemu-img"]["verdict"] == "ok"
-    assert {"acceleration", "work directory", "memory"} <= set(findings)
+    assert {"acceleration", "work directory", "memory", "UEFI"} <= set(findings)
     assert list((tmp_path / "w").iterdir()) == []
 
 
@@ -374,6 +380,9 @@ OPTIONS = [
     ),
     (["--workspace-size", "40G"], BuildSpec, {"workspace_size_bytes": 40 * GIB}),
     (["--workspace-fs", "xfs"], BuildSpec, {"workspace_fs": "xfs"}),
+    (["--firmware", "uefi", "--secure-boot"], BuildSpec, {"firmware": "uefi", "secure_boot": True}),
+    (["--disk-bus", "sata"], BuildSpec, {"disk_bus": "sata"}),
+    (["--arch", "aarch64"], Order, {"arch": "aarch64"}),
     (["--cpus", "3"], BuildSpec, {"cpus": 3}),
     (["--memory", "3G"], BuildSpec, {"memory_bytes": 3 * GIB}),
     (["--boot-timeout", "7m"], BuildSpec, {"boot_timeout_seconds": 420}),
@@ -428,7 +437,7 @@ def test_every_option_reaches_the_build(
     template = tmp_path / "t.tdl"
     template.write_text(TEMPLATE)
     order, settings = ordered(monkeypatch, tmp_path, "--template", template, *words)
-    got = order.spec if kind is BuildSpec else settings
+    got = {BuildSpec: order.spec, Settings: settings, Order: order}[kind]
     assert {name: getattr(got, name) for name in fields} == fields
 
 

@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 from lxml import etree
 
-from koji_indirection.domain import Disk, Domain, domain_xml, tcg_cpu_model
+from koji_indirection.arches import ARCHES
+from koji_indirection.domain import (
+    Disk,
+    Domain,
+    disk_bus,
+    domain_xml,
+    serial_reports,
+    tcg_cpu_model,
+)
+from koji_indirection.errors import BuildFailed, UsageError
+from koji_indirection.firmware import Firmware
 from koji_indirection.spec import BuildSpec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -41,6 +51,34 @@ INPUT_OVERLAY = Disk(
 )
 
 
+OVMF = Path("/usr/share/OVMF")
+UEFI = Firmware(
+    OVMF / "OVMF_CODE_4M.fd", "raw", JOB / "firmware-variables", "raw", False, needs_smm=False
+)
+SECURE = Firmware(
+    OVMF / "OVMF_CODE_4M.ms.fd",
+    "raw",
+    JOB / "firmware-variables",
+    "raw",
+    secure_boot=True,
+    needs_smm=True,
+)
+AAVMF = Firmware(
+    Path("/usr/share/AAVMF/AAVMF_CODE.fd"),
+    "raw",
+    JOB / "firmware-variables",
+    "raw",
+    secure_boot=False,
+    needs_smm=False,
+)
+
+
+def foreign(kind: str, arch: str, **fields: Any) -> Domain:
+    model = ARCHES[arch].tcg_cpu_model
+    disks = (UTILITY, WORKSPACE)
+    return domain(kind, *disks, arch=ARCHES[arch], cpu_model=model, **fields)
+
+
 def input_device(image_format: str) -> Disk:
     path = Path("/srv/images") / f"input.{image_format}"
     return Disk("vdc", "input", path, image_format, readonly=True)
@@ -61,6 +99,18 @@ def domain(kind: str, *disks: Disk, **fields: Any) -> Domain:
 
 
 DOMAINS = {
+    "kvm-uefi": domain("kvm", UTILITY, WORKSPACE, firmware=UEFI),
+    "tcg-secure-boot": domain("tcg", UTILITY, WORKSPACE, firmware=SECURE),
+    "tcg-sata": domain("tcg", UTILITY, WORKSPACE, INPUT_OVERLAY, disk_bus="sata"),
+    "tcg-ide-serial-reports": domain(
+        "tcg", UTILITY, WORKSPACE, disk_bus="ide", serial_reports=True
+    ),
+    "kvm-aarch64": foreign("kvm", "aarch64", firmware=AAVMF),
+    "tcg-aarch64": foreign("tcg", "aarch64", firmware=AAVMF),
+    "kvm-ppc64le": foreign("kvm", "ppc64le"),
+    "tcg-ppc64le": foreign("tcg", "ppc64le"),
+    "kvm-s390x": foreign("kvm", "s390x"),
+    "tcg-s390x": foreign("tcg", "s390x"),
     "kvm-workspace": domain("kvm", UTILITY, WORKSPACE),
     "tcg-workspace": domain("tcg", UTILITY, WORKSPACE),
     "tcg-rhel9": domain("tcg", UTILITY, WORKSPACE, cpu_model="Nehalem", cpus=4),
@@ -145,6 +195,10 @@ def test_libvirt_understands_every_device(name: str, libvirt_test_driver: Any) -
         "devices/channel/target/@name",
         "devices/channel/source/@path",
         "devices/serial/source/@path",
+        "os/loader/@secure",
+        "os/loader/text()",
+        "os/nvram/text()",
+        "features/smm/@state",
         "devices/panic/@model",
         "devices/memballoon/@model",
         "on_reboot/text()",
@@ -216,6 +270,49 @@ def test_the_cpu_model_under_tcg_runs_the_guests_binaries(
     os_id: str, version_id: str, model: str
 ) -> None:
     assert tcg_cpu_model(os_id, version_id) == model
+
+
+def test_without_kvm_an_arch_has_its_own_cpu_model() -> None:
+    for name, model in (("aarch64", "cortex-a57"), ("ppc64le", "power9"), ("s390x", "qemu")):
+        assert tcg_cpu_model("rhel", "9.4", ARCHES[name]) == model
+
+
+VIRTIO = {"virtio_blk", "virtio_console"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing", "bus"),
+    [
+        ("auto", set(), "virtio"),
+        ("auto", {"ahci", "ata_piix", "virtio_console"}, "virtio"),
+        ("auto", VIRTIO, "sata"),
+        ("auto", {*VIRTIO, "ahci"}, "ide"),
+        ("virtio", VIRTIO, "virtio"),
+        ("sata", set(), "sata"),
+        ("ide", set(), "ide"),
+    ],
+)
+def test_the_bus_is_the_one_asked_for_or_one_that_the_guest_knows(
+    asked: str, missing: set[str], bus: str
+) -> None:
+    assert disk_bus(asked, missing, ARCHES["x86_64"]) == bus
+
+
+def test_other_arches_have_virtio_disks_and_ports_only() -> None:
+    for name in ("aarch64", "ppc64le", "s390x"):
+        assert disk_bus("auto", {"ahci"}, ARCHES[name]) == "virtio"
+        assert not serial_reports(set(), ARCHES[name])
+        with pytest.raises(BuildFailed, match="no kernel of the utility image has virtio_blk"):
+            disk_bus("auto", VIRTIO, ARCHES[name])
+        with pytest.raises(BuildFailed, match="no kernel of the utility image has virtio_console"):
+            serial_reports(VIRTIO, ARCHES[name])
+        with pytest.raises(UsageError, match=f"--disk-bus sata makes no sense .* {name}"):
+            disk_bus("sata", set(), ARCHES[name])
+
+
+def test_reports_come_over_serial_ports_where_there_is_no_driver_for_others() -> None:
+    assert serial_reports(VIRTIO, ARCHES["x86_64"])
+    assert not serial_reports({"virtio_blk"}, ARCHES["x86_64"])
 
 
 def test_the_specs_order_of_disks_is_the_order_of_their_names() -> None:

@@ -40,8 +40,10 @@ RUN_SH = resources.files("koji_indirection").joinpath("job", "run.sh").read_text
 
 SETTINGS = (
     "STATUS_PORT=org.koji.indirection.status\nLOG_PORT=org.koji.indirection.log\n"
-    "SAMPLE_SECONDS=5\nWORKSPACE=/dev/vdc1\nINPUT=/dev/vdb\nRESULTS_DIR='/my results'\n"
-    "SETUP=''\nNETWORK=''\nMEDIA_DEVICE=''\nMEDIA_SERIAL=''\nMEDIA_FS=''\n"
+    "SAMPLE_SECONDS=5\nSTATUS_TTY=''\nLOG_TTY=''\n"
+    "WORKSPACE=/dev/vdc1\nINPUT=/dev/vdb\nRESULTS_DIR='/my results'\n"
+    "DISKS='/dev/vdc:workspace /dev/vdb:input'\nSETUP=''\nNETWORK=''\n"
+    "MEDIA_DEVICE=''\nMEDIA_SERIAL=''\nMEDIA_FS=''\n"
 )
 JOB_FILES = {
     "etc/koji-indirection/run": (0o755, RUN_SH),
@@ -271,6 +273,7 @@ class Job:
             ("/dev/virtio-ports/", f"{directory}/ports/"),
             ("/run/koji-indirection.", f"{directory}/pipe."),
             ("    if [ -d /run/systemd/system ]; then\n", "    exit 0\n    if false; then\n"),
+            ("for entry in $DISKS", "for entry in"),
             ("\nmodprobe ", "\n: modprobe "),
             ("\nsync &\n", "\n: sync &\n"),
             ("mount -o remount,rw /", ": mount -o remount,rw /"),

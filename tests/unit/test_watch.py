@@ -431,7 +431,13 @@ def test_a_power_off_during_boot_is_a_builder_fault(watched: Watched) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [b"No bootable device.\r\n", b"Boot failed: not a bootable disk\r\n"]
+    "words",
+    [
+        b"No bootable device.\r\n",
+        b"Boot failed: not a bootable disk\r\n",
+        b"BdsDxe: No bootable option or device was found.\r\n",
+        b"\x1b[2J\x1b[01;01HUEFI Interactive Shell v2.2\r\n",
+    ],
 )
 def test_an_image_that_does_not_boot_is_the_users_to_mend(watched: Watched, words: bytes) -> None:
     def script(guest: Guest) -> None:
@@ -442,6 +448,18 @@ def test_an_image_that_does_not_boot_is_the_users_to_mend(watched: Watched, word
     assert error.message == (
         "the utility image is not bootable: the firmware found no boot loader on it"
     )
+
+
+def test_a_boot_loader_that_secure_boot_refuses_is_said(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.console.sendall(
+            b'BdsDxe: failed to load Boot0001 "UEFI Misc Device" from PciRoot(0x0)/Pci(0x1,0x0):'
+            b" Access Denied\r\nBdsDxe: No bootable option or device was found.\r\n"
+        )
+
+    error = watched.failure(script)
+    assert isinstance(error, BuildFailed)
+    assert error.message.startswith("Secure Boot refused the boot loader of the utility image")
 
 
 def test_a_command_that_prints_the_firmwares_words_is_not_taken_for_it(watched: Watched) -> None:
