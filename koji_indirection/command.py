@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_build(commands)
+    _add_shell(commands)
     _add_doctor(commands)
     _add_check(commands)
     return parser
@@ -144,12 +145,7 @@ def _add_build(commands: Any) -> None:
     )
 
     collected = parser.add_argument_group("what is collected")
-    collected.add_argument(
-        "--results",
-        action="append",
-        metavar="PATH_OR_GLOB",
-        help=f"a result in the workspace; repeatable (default: {DEFAULT_RESULT})",
-    )
+    _add_results(collected)
     collected.add_argument(
         "--collect-log",
         action="append",
@@ -158,100 +154,10 @@ def _add_build(commands: Any) -> None:
         help="a log in the workspace or the guest's root, fetched after failures too; repeatable",
     )
 
-    guest = parser.add_argument_group("the guest")
-    guest.add_argument(
-        "--input-filename",
-        metavar="PATH",
-        help="the input image's file in the workspace (default: /input_image.raw)",
-    )
-    guest.add_argument(
-        "--input-device",
-        metavar="DEVICE",
-        help="hand over the input image as a read-only disk (vdc), not as a file",
-    )
-    guest.add_argument(
-        "--input-writable",
-        action="store_true",
-        default=None,
-        help="with --input-device: make it a throw-away writable copy",
-    )
-    guest.add_argument(
-        "--workspace-device",
-        metavar="DEVICE",
-        help=f"the workspace's disk (default: {spec.workspace_device})",
-    )
-    guest.add_argument(
-        "--workspace-size",
-        type=_size,
-        dest="workspace_size_bytes",
-        metavar="SIZE",
-        help=f"(default: {format_size(spec.workspace_size_bytes)})",
-    )
-    guest.add_argument(
-        "--workspace-fs", metavar="TYPE", help=f"ext4, ext2 or xfs (default: {spec.workspace_fs})"
-    )
-    guest.add_argument(
-        "--arch",
-        metavar="ARCH",
-        help="the guest's arch (default: this machine's; any other is emulated, slowly)",
-    )
-    guest.add_argument(
-        "--firmware",
-        metavar="KIND",
-        help=f"auto, bios or uefi (default: {spec.firmware}: BIOS if the utility image boots by"
-        " one, else UEFI)",
-    )
-    guest.add_argument(
-        "--secure-boot",
-        action="store_true",
-        default=None,
-        help="boot by UEFI with Secure Boot enforced",
-    )
-    guest.add_argument(
-        "--disk-bus",
-        metavar="BUS",
-        help=f"auto, virtio, sata or ide (default: {spec.disk_bus}: virtio if the utility image"
-        " has a driver for it)",
-    )
-    guest.add_argument(
-        "--cpus", type=_whole_number, metavar="N", help="(default: all of this machine's, up to 4)"
-    )
-    guest.add_argument(
-        "--memory",
-        type=_size,
-        dest="memory_bytes",
-        metavar="SIZE",
-        help=f"(default: {format_size(spec.memory_bytes)})",
-    )
-
-    packages = parser.add_argument_group("network and packages")
-    packages.add_argument(
-        "--network",
-        metavar="NAME",
-        help="user (NAT) or a libvirt network that the settings allow (default: none)",
-    )
-    packages.add_argument(
-        "--repo",
-        action="append",
-        dest="repos",
-        metavar="URL",
-        help="package repository that the guest has for the time of the job; repeatable",
-    )
-    packages.add_argument(
-        "--media",
-        type=Path,
-        metavar="DIR_OR_ISO",
-        help="repository that the guest gets as a read-only disk; needs no network",
-    )
+    _add_guest_options(parser)
 
     times = parser.add_argument_group("deadlines")
-    times.add_argument(
-        "--boot-timeout",
-        type=_duration,
-        dest="boot_timeout_seconds",
-        metavar="TIME",
-        help="until the job starts (default: 5m, without KVM 20m)",
-    )
+    _add_boot_timeout(times)
     times.add_argument(
         "--job-timeout",
         type=_duration,
@@ -344,6 +250,133 @@ def _add_inputs(group: Any) -> None:
         metavar="FILE.json",
         help="parameters of Image Factory's IndirectionCloud; options override them",
     )
+
+
+def _add_results(group: Any) -> None:
+    group.add_argument(
+        "--results",
+        action="append",
+        metavar="PATH_OR_GLOB",
+        help=f"a result in the workspace; repeatable (default: {DEFAULT_RESULT})",
+    )
+
+
+def _add_boot_timeout(group: Any) -> None:
+    group.add_argument(
+        "--boot-timeout",
+        type=_duration,
+        dest="boot_timeout_seconds",
+        metavar="TIME",
+        help="until the job starts (default: 5m, without KVM 20m)",
+    )
+
+
+def _add_guest_options(parser: Any) -> None:
+    spec = BuildSpec()
+    guest = parser.add_argument_group("the guest")
+    guest.add_argument(
+        "--input-filename",
+        metavar="PATH",
+        help="the input image's file in the workspace (default: /input_image.raw)",
+    )
+    guest.add_argument(
+        "--input-device",
+        metavar="DEVICE",
+        help="hand over the input image as a read-only disk (vdc), not as a file",
+    )
+    guest.add_argument(
+        "--input-writable",
+        action="store_true",
+        default=None,
+        help="with --input-device: make it a throw-away writable copy",
+    )
+    guest.add_argument(
+        "--workspace-device",
+        metavar="DEVICE",
+        help=f"the workspace's disk (default: {spec.workspace_device})",
+    )
+    guest.add_argument(
+        "--workspace-size",
+        type=_size,
+        dest="workspace_size_bytes",
+        metavar="SIZE",
+        help=f"(default: {format_size(spec.workspace_size_bytes)})",
+    )
+    guest.add_argument(
+        "--workspace-fs", metavar="TYPE", help=f"ext4, ext2 or xfs (default: {spec.workspace_fs})"
+    )
+    guest.add_argument(
+        "--arch",
+        metavar="ARCH",
+        help="the guest's arch (default: this machine's; any other is emulated, slowly)",
+    )
+    guest.add_argument(
+        "--firmware",
+        metavar="KIND",
+        help=f"auto, bios or uefi (default: {spec.firmware}: BIOS if the utility image boots by"
+        " one, else UEFI)",
+    )
+    guest.add_argument(
+        "--secure-boot",
+        action="store_true",
+        default=None,
+        help="boot by UEFI with Secure Boot enforced",
+    )
+    guest.add_argument(
+        "--disk-bus",
+        metavar="BUS",
+        help=f"auto, virtio, sata or ide (default: {spec.disk_bus}: virtio if the utility image"
+        " has a driver for it)",
+    )
+    guest.add_argument(
+        "--cpus", type=_whole_number, metavar="N", help="(default: all of this machine's, up to 4)"
+    )
+    guest.add_argument(
+        "--memory",
+        type=_size,
+        dest="memory_bytes",
+        metavar="SIZE",
+        help=f"(default: {format_size(spec.memory_bytes)})",
+    )
+
+    packages = parser.add_argument_group("network and packages")
+    packages.add_argument(
+        "--network",
+        metavar="NAME",
+        help="user (NAT) or a libvirt network that the settings allow (default: none)",
+    )
+    packages.add_argument(
+        "--repo",
+        action="append",
+        dest="repos",
+        metavar="URL",
+        help="package repository that the guest has for the time of the job; repeatable",
+    )
+    packages.add_argument(
+        "--media",
+        type=Path,
+        metavar="DIR_OR_ISO",
+        help="repository that the guest gets as a read-only disk; needs no network",
+    )
+
+
+def _add_shell(commands: Any) -> None:
+    parser = commands.add_parser(
+        "shell",
+        help="try a template's commands by hand, in the guest that build would boot",
+        description="Boot the guest that build would boot, with the template's set-up done and its"
+        " commands in place, but run a shell on this terminal in place of the commands. It ends"
+        " with exit or Ctrl-], and nothing of it is kept.",
+    )
+    parser.set_defaults(run=_shell)
+    _add_inputs(parser.add_argument_group("what build would be given"))
+    guest = parser.add_argument_group("what commands find in their environment")
+    _add_results(guest)
+    _add_guest_options(parser)
+    _add_boot_timeout(parser.add_argument_group("deadlines"))
+    machine = parser.add_argument_group("this machine")
+    _add_machine_options(machine, Settings())
+    _add_image_limit(machine, Settings())
 
 
 def _add_doctor(commands: Any) -> None:
@@ -492,6 +525,21 @@ def _build(options: argparse.Namespace) -> int:
             print(manifest.read_text(encoding="utf-8"), end="", flush=True)
     if not options.json and not options.quiet:
         print_summary(record, order.output)
+    return 0
+
+
+def _shell(options: argparse.Namespace) -> int:
+    from . import console, pipeline
+    from .display import Display, log_shown_on
+
+    ends = console.Descriptors(keyboard=0, screen=1)
+    console.require_terminal(ends)
+    inputs, settings = _inputs(options)
+    # Not entered: its live line and the guest's would be drawn over each other.
+    display = Display(sys.stderr, verbose=False, quiet=False)
+    with log_shown_on(display):
+        pipeline.shell(pipeline.GuestOrder(**inputs), settings, display, ends)
+    print("the guest is gone, and nothing of it is left", file=sys.stderr)
     return 0
 
 

@@ -52,6 +52,7 @@ class Domain:
     """Everything that the XML says about the utility VM; sizes in bytes.
 
     network -- "user", the name of a libvirt network, or None.
+    log_is_terminal -- whether the log's stream is a terminal in the guest, for a shell.
     firmware -- a UEFI as Firmware.for_one_vm() makes it; None for a BIOS, or for what
         an arch without either has.
     disk_bus -- "virtio", "sata" or "ide".
@@ -67,6 +68,7 @@ class Domain:
     disks: Sequence[Disk]
     socket_dir: Path
     network: str | None = None
+    log_is_terminal: bool = False
     arch: Arch = ARCHES["x86_64"]
     firmware: Firmware | None = None
     disk_bus: str = "virtio"
@@ -230,6 +232,8 @@ def _streams(domain: Domain) -> list[etree._Element]:
             E.channel(E.target(type="virtio", name=name), type="unix")
             for name in (STATUS_PORT, LOG_PORT)
         ]
+        if domain.log_is_terminal:
+            reports[1] = E.console(E.target(type="virtio", port="1"), type="unix")
     return [
         _unix_socket(console, domain.console_socket),
         *(_unix_socket(device, path) for device, path in zip(reports, sockets)),

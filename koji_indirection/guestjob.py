@@ -21,6 +21,7 @@ from .template import Command, Package, Repository
 STATUS_PORT = "org.koji.indirection.status"
 LOG_PORT = "org.koji.indirection.log"
 SAMPLE_SECONDS = 5
+SHELL_TTY = "/dev/hvc0"  # the log's stream, made a terminal: no guest has a getty there
 MEDIA_SERIAL = "media"  # of the disk: what the guest finds it by
 
 DIRECTORY = "etc/koji-indirection"
@@ -44,6 +45,15 @@ class GuestFile:
 
 
 @dataclass(frozen=True)
+class Terminal:
+    """Whose shell runs in the guest; type is the value of TERM, sizes are in characters."""
+
+    type: str
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class GuestJob:
     """All that the guest is to do, in the order of the fields.
 
@@ -55,6 +65,7 @@ class GuestJob:
     input -- the input image's device, or its path in the workspace.
     serial_reports -- whether status and log go to serial ports: there are no virtio ones.
     results_dir -- the directory in the workspace where the first result is expected.
+    terminal -- None; or where a shell runs instead of the commands, which only lie in place.
     """
 
     commands: Sequence[Command]
@@ -68,6 +79,7 @@ class GuestJob:
     workspace: str = "/dev/vdb1"
     input: str = "/input_image.raw"
     results_dir: str = "/"
+    terminal: Terminal | None = None
     serial_reports: bool = False
 
     @property
@@ -104,6 +116,8 @@ def job_files(job: GuestJob) -> Files:
     if job.steps:
         files["setup"] = (_script("setup.sh"), 0o755)
         files["udhcpc"] = (_script("udhcpc.sh"), 0o755)
+    if job.terminal is not None:
+        files["shell"] = (_script("shell.sh"), 0o755)
     if job.media is not None:
         # apt reads as a user of its own, who need not see what is on somebody's disk.
         files["apt-media.conf"] = (b'APT::Sandbox::User "root";\n', 0o644)
@@ -146,6 +160,12 @@ def _settings(job: GuestJob) -> bytes:
         "MEDIA_SERIAL": MEDIA_SERIAL if device else "",
         "MEDIA_FS": file_system,
     }
+    if job.terminal is not None:
+        values |= {
+            "SHELL_TTY": values["LOG_TTY"] or SHELL_TTY,
+            "TERMINAL_TYPE": job.terminal.type,
+            "TERMINAL_SIZE": f"rows {job.terminal.rows} cols {job.terminal.columns}",
+        }
     return "".join(f"{key}={shlex.quote(value)}\n" for key, value in values.items()).encode()
 
 

@@ -48,6 +48,7 @@ _MASKED_UNITS = (
     "cloud-final.service",
     "kdump.service",  # builds an initramfs at the first boot
     "snapd.seeded.service",
+    "serial-getty@hvc0.service",  # where there is such a console, it is the shell's
 )
 # The same for init scripts; and display managers, where no runlevel leaves them out.
 _REMOVED_SERVICES = (

@@ -140,6 +140,7 @@ def _prepare(
         template_name=Path(order.spec.template).name,
         input_image=enter(fetched(hub, inputs.input_image, settings)),
         utility_image=enter(fetched(hub, inputs.utility_image, settings)),
+        arch=order.arch,
         output=made,
         label="local",
         origin=inputs.origin(),

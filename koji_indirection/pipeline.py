@@ -2,6 +2,8 @@
 
     vet -> prepare -> inject -> boot -> job -> shutdown -> collect
 
+shell() goes the same way until the VM boots, and then hands it to a person.
+
 Every resource is entered on one ExitStack, so that it is gone afterwards
 whichever way the build ends. Used by the local command and by the Koji builder.
 """
@@ -30,6 +32,7 @@ from . import (
     appliance,
     arches,
     bootpath,
+    console,
     filefetch,
     firmware,
     guest,
@@ -46,7 +49,7 @@ from .config import Settings, require_within_limits
 from .domain import NAME_PREFIX, Disk, Domain, disk_bus, serial_reports, tcg_cpu_model
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError, without_passwords
 from .guest import GuestSystem
-from .guestjob import GuestFile, GuestJob, results_directory, spec_repositories
+from .guestjob import GuestFile, GuestJob, Terminal, results_directory, spec_repositories
 from .guestlog import BoundedLog
 from .imagefile import ImageFile
 from .jobdir import job_directory
@@ -80,14 +83,11 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
-class Order:
-    """What to build, from what, and where it goes.
+class GuestOrder:
+    """Which guest to boot, and what is to be in it.
 
     utility_image -- None: the input image is its own utility.
     arch -- what the guest is of; None: this machine's. Another one is emulated.
-    output -- an existing directory, as output.prepare() makes it.
-    label -- part of the VM's name, e.g. "task-123"; may be empty.
-    origin -- where template and images come from, for the manifest.
     """
 
     spec: BuildSpec
@@ -95,8 +95,19 @@ class Order:
     template_name: str
     input_image: Path
     utility_image: Path | None
+    arch: str | None
+
+
+@dataclass(frozen=True)
+class Order(GuestOrder):
+    """What to build, from what, and where it goes.
+
+    output -- an existing directory, as output.prepare() makes it.
+    label -- part of the VM's name, e.g. "task-123"; may be empty.
+    origin -- where template and images come from, for the manifest.
+    """
+
     output: Path
-    arch: str | None = None
     label: str = ""
     origin: Origin = field(default_factory=Origin)
 
@@ -108,16 +119,7 @@ def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
     Whatever is raised, no VM, process or temporary file of the build remains.
     """
     timeline = Timeline(on_phase=progress.phase)
-    record = Manifest(
-        spec=order.spec.to_dict(),
-        template={
-            "name": order.template_name,
-            "sha256": order.template.sha256,
-            "source": order.origin.template,
-            "ignored": list(order.template.ignored),
-        },
-        timeline=timeline.phases,
-    )
+    record = _new_record(order, timeline, order.origin.template)
     with _build_log(order.output / LOGS / "build.log"):
         try:
             _Build(order, settings, progress, timeline, record).run()
@@ -149,6 +151,38 @@ def build(order: Order, settings: Settings, progress: Progress) -> Manifest:
     return record
 
 
+def shell(
+    order: GuestOrder, settings: Settings, progress: Progress, terminal: console.Descriptors
+) -> None:
+    """Boot the guest that build() would boot, for a person at a terminal; keeps nothing.
+
+    The template's set-up is done and its commands lie in place, but no command is run.
+    Returns when the guest is off or the person leaves. Raises UsageError where there is
+    no terminal, BuildFailed or BuilderFault otherwise.
+    """
+    size = console.require_terminal(terminal)
+    timeline = Timeline(on_phase=progress.phase)
+    try:
+        _Shell(order, settings, timeline, _new_record(order, timeline), size).run(terminal)
+    except OSError as error:
+        raise _fault_of(error, settings.work_dir, "nothing is left of the shell") from error
+
+
+def _new_record(
+    order: GuestOrder, timeline: Timeline, template_source: str | None = None
+) -> Manifest:
+    return Manifest(
+        spec=order.spec.to_dict(),
+        template={
+            "name": order.template_name,
+            "sha256": order.template.sha256,
+            "source": template_source,
+            "ignored": list(order.template.ignored),
+        },
+        timeline=timeline.phases,
+    )
+
+
 @dataclass(frozen=True)
 class _Overlay:
     """A throw-away qcow2 and the only file below it, with its format."""
@@ -158,70 +192,73 @@ class _Overlay:
     backing: tuple[Path, str]
 
 
-class _Build:
-    """The state that the phases of one build hand to each other."""
+class _Guest:
+    """A guest up to the moment in which it can boot, and what its making has found.
+
+    Everything that the phases hand to each other; resources are entered on the caller's stack.
+    """
+
+    label = ""
+    origin = Origin()
 
     def __init__(
         self,
-        order: Order,
+        order: GuestOrder,
         settings: Settings,
-        progress: Progress,
         timeline: Timeline,
         record: Manifest,
+        terminal: Terminal | None = None,
     ) -> None:
         self.order = order
         self.arch = arches.named(order.arch or arches.of_host())
         self.spec = order.spec
         self.settings = settings
-        self.progress = progress
         self.timeline = timeline
         self.record = record
-        self.logs = order.output / LOGS
+        self.terminal = terminal
 
-    def run(self) -> None:
+    def vet(self, stack: ExitStack, *, also_removed: Sequence[Path] = ()) -> None:
+        self.timeline.enter("vet")
+        require_within_limits(self.spec, self.settings)
+        self._check_order()
+        self.job = stack.enter_context(
+            job_directory(self.settings.work_dir, also_removed=also_removed)
+        )
+        self.accel = self._accelerator()
+        self._note_host()
+        self.utility, self.input = self._vet()
+
+    def make(self, stack: ExitStack) -> Domain:
+        """Prepare and inject; returns the VM that can be started then."""
         settings = self.settings
-        with ExitStack() as stack:
-            self.timeline.enter("vet")
-            require_within_limits(self.spec, settings)
-            self._check_order()
-            self.job = stack.enter_context(
-                job_directory(settings.work_dir, also_removed=[self.order.output / results.PARTIAL])
+        self.timeline.enter("prepare")
+        self.hypervisor = stack.enter_context(
+            machine.connect(
+                settings.connect,
+                run_dir=self.job.run,
+                cache_dir=settings.cache_dir,
+                disk_dir=self.job.path,
             )
-            self.accel = self._accelerator()
-            self._note_host()
-            self.utility, self.input = self._vet()
-            checksums = stack.enter_context(_checksums({self.utility, self.input}))
+        )
+        self._note_hypervisor()
+        self.overlay = self._overlay(self.utility, "utility")
+        self.workspace_disk = self._make_workspace()
+        media_disk = self._make_media()
+        self.guest_job = self._guest_job(media_disk)
 
-            self.timeline.enter("prepare")
-            self.hypervisor = stack.enter_context(
-                machine.connect(
-                    settings.connect,
-                    run_dir=self.job.run,
-                    cache_dir=settings.cache_dir,
-                    disk_dir=self.job.path,
-                )
-            )
-            self._note_hypervisor()
-            overlay = self._overlay(self.utility, "utility")
-            disk = self._make_workspace()
-            media_disk = self._make_media()
-            job = self._guest_job(media_disk)
+        self.timeline.enter("inject")
+        self.system, boots_by = self._inject(self.overlay, self.guest_job)
+        hardware = self._hardware(self.system, boots_by)
+        disks = self._disks(self.overlay, self.workspace_disk)
+        if media_disk is not None:
+            disks.append(media_disk.disk)
+        if hardware.disk_bus != "virtio":
+            disks = [self._writable(one) for one in disks]
+        return dataclasses.replace(hardware, disks=disks)
 
-            self.timeline.enter("inject")
-            system, boots_by = self._inject(overlay, job)
-            hardware = self._hardware(system, boots_by)
-            disks = self._disks(overlay, disk)
-            if media_disk is not None:
-                disks.append(media_disk.disk)
-            if hardware.disk_bus != "virtio":
-                disks = [self._writable(one) for one in disks]
-
-            self.timeline.enter("boot")
-            failure = self._run_machine(hardware, disks, job)
-
-            self.timeline.enter("collect")
-            self._note_checksums(checksums)
-            self._collect(overlay, disk, system, failure or self._changed_input())
+    @property
+    def boot_timeout_seconds(self) -> int:
+        return self.spec.boot_timeout_seconds or BOOT_TIMEOUT_SECONDS[self.accel.kind]
 
     def _check_order(self) -> None:
         template = self.order.template
@@ -295,7 +332,7 @@ class _Build:
         else:
             assert utility is not None
             input_image = vetted(self.order.input_image, imagefile.INPUT_IMAGE)
-        origin = self.order.origin
+        origin = self.origin
         self.record.utility_image = _image_record(utility, origin.utility_image)
         self.record.input_image = _image_record(input_image, origin.input_image)
         return utility, input_image
@@ -372,6 +409,7 @@ class _Build:
             workspace=spec.workspace_partition,
             input=f"/dev/{spec.input_device}" if spec.input_device else spec.input_filename or "",
             results_dir=results_directory(spec),
+            terminal=self.terminal,
         )
 
     def _guest_files(self) -> list[GuestFile]:
@@ -419,7 +457,7 @@ class _Build:
         """The utility VM as far as the utility image decides it: without disks."""
         spec, arch, kind = self.spec, self.arch, self.accel.kind
         without = Domain(
-            name="-".join(filter(None, (NAME_PREFIX, self.order.label, uuid.uuid4().hex[:12]))),
+            name="-".join(filter(None, (NAME_PREFIX, self.label, uuid.uuid4().hex[:12]))),
             accel_kind=kind,
             memory_bytes=spec.memory_bytes,
             cpus=spec.cpus or min(os.cpu_count() or 1, DEFAULT_CPUS_MAX, self.settings.max_cpus),
@@ -430,6 +468,7 @@ class _Build:
             arch=arch,
             disk_bus=disk_bus(spec.disk_bus, system.missing_drivers, arch),
             serial_reports=serial_reports(system.missing_drivers, arch),
+            log_is_terminal=self.terminal is not None,
         )
         self.record.guest["disk_bus"] = without.disk_bus
         if boots_by != "uefi":
@@ -466,14 +505,54 @@ class _Build:
                 disks.append(Disk(device, role, image.path, image.format, readonly=True))
         return disks
 
-    def _run_machine(
-        self, hardware: Domain, disks: Sequence[Disk], job: GuestJob
-    ) -> IndirectionError | None:
+
+class _Shell(_Guest):
+    """A guest for a person at a terminal."""
+
+    def run(self, ends: console.Descriptors) -> None:
+        with ExitStack() as stack:
+            self.vet(stack)
+            domain = self.make(stack)
+            self.timeline.enter("boot")
+            running = stack.enter_context(machine.start(self.hypervisor, domain))
+            console.relay(running, ends, boot_seconds=self.boot_timeout_seconds)
+
+
+class _Build(_Guest):
+    """A guest whose job is watched, and whose results are collected."""
+
+    def __init__(
+        self,
+        order: Order,
+        settings: Settings,
+        progress: Progress,
+        timeline: Timeline,
+        record: Manifest,
+    ) -> None:
+        super().__init__(order, settings, timeline, record)
+        self.progress = progress
+        self.label, self.origin = order.label, order.origin
+        self.output = order.output
+        self.logs = order.output / LOGS
+
+    def run(self) -> None:
+        with ExitStack() as stack:
+            self.vet(stack, also_removed=[self.output / results.PARTIAL])
+            checksums = stack.enter_context(_checksums({self.utility, self.input}))
+            domain = self.make(stack)
+
+            self.timeline.enter("boot")
+            failure = self._run_machine(domain, self.guest_job)
+
+            self.timeline.enter("collect")
+            self._note_checksums(checksums)
+            self._collect(failure or self._changed_input())
+
+    def _run_machine(self, domain: Domain, job: GuestJob) -> IndirectionError | None:
         """Run the VM to its end; returns why the job failed, None when it ended well."""
         spec, kind = self.spec, self.accel.kind
-        domain = dataclasses.replace(hardware, disks=disks)
         deadlines = Deadlines(
-            boot=spec.boot_timeout_seconds or BOOT_TIMEOUT_SECONDS[kind],
+            boot=self.boot_timeout_seconds,
             job=spec.job_timeout_seconds,
             command=spec.command_timeout_seconds,
             shutdown=spec.shutdown_timeout_seconds or SHUTDOWN_TIMEOUT_SECONDS[kind],
@@ -493,7 +572,7 @@ class _Build:
                 job_log=job_log,
                 console_log=console_log,
                 # And the sockets' directory: the embedded driver keeps qemu's log there.
-                disks=[self.job.run, *(disk.path for disk in disks if not disk.readonly)],
+                disks=[self.job.run, *(disk.path for disk in domain.disks if not disk.readonly)],
                 max_disk_bytes=self.settings.max_disk_bytes,
                 on_output=self.progress.guest_output,
                 on_stage=self.timeline.enter,
@@ -515,25 +594,19 @@ class _Build:
         )
         return failure
 
-    def _collect(
-        self,
-        overlay: _Overlay,
-        workspace_disk: Path,
-        system: GuestSystem,
-        failure: IndirectionError | None,
-    ) -> None:
+    def _collect(self, failure: IndirectionError | None) -> None:
         """Fetch logs and, when the job ended well, results; raises what went wrong first."""
         if failure is not None and not self.spec.collect_logs:
             raise failure
         drives = [
-            Drive(str(overlay.path), overlay.format, readonly=True),
-            Drive(str(workspace_disk), "raw", readonly=True),
+            Drive(str(self.overlay.path), self.overlay.format, readonly=True),
+            Drive(str(self.workspace_disk), "raw", readonly=True),
         ]
         try:
             with appliance.appliance(
                 drives, accel_kind=self.accel.kind, job_dir=self.job.path
             ) as running:
-                self._collect_logs(running, system)
+                self._collect_logs(running)
                 if failure is None:
                     self._collect_results(running)
         except (IndirectionError, OSError) as error:
@@ -543,12 +616,12 @@ class _Build:
         if failure is not None:
             raise failure
 
-    def _collect_logs(self, running: Appliance, system: GuestSystem) -> None:
+    def _collect_logs(self, running: Appliance) -> None:
         """Fetch the logs asked for, from the workspace or else from the guest's root."""
         missing = set(self.spec.collect_logs)
         for where, device in (
             ("workspace", _WORKSPACE_PARTITION),
-            ("root file system", system.root_device),
+            ("root file system", self.system.root_device),
         ):
             if not missing:
                 return
@@ -573,7 +646,7 @@ class _Build:
         limits = results.ResultLimits(self.settings.max_results, self.settings.max_result_bytes)
         with results.mounted(running, _WORKSPACE_PARTITION, what="workspace"):
             collected = results.collect(
-                running, self.spec.results, output=self.order.output, limits=limits
+                running, self.spec.results, output=self.output, limits=limits
             )
         self.record.outputs = [
             OutputRecord(one.path.name, one.guest_path, one.size_bytes, one.sha256)
@@ -696,12 +769,10 @@ def _image_record(image: ImageFile, koji: KojiRecord | None) -> ImageRecord:
     )
 
 
-def _fault_of(error: OSError, output: Path) -> BuilderFault:
+def _fault_of(error: OSError, place: Path, hint: str = "see logs/build.log") -> BuilderFault:
     if error.errno == errno.ENOSPC:
         return BuilderFault(
-            f"no space left on the file system of {error.filename or output}",
+            f"no space left on the file system of {error.filename or place}",
             "free some space; --output and --work-dir name other places",
         )
-    return BuilderFault(
-        f"{error.filename or 'a file'}: {error.strerror or error}", "see logs/build.log"
-    )
+    return BuilderFault(f"{error.filename or 'a file'}: {error.strerror or error}", hint)

@@ -1,5 +1,6 @@
 #!/bin/sh
 # Runs the job inside the utility guest: set-up steps, each command in turn, then power off.
+# Or a shell in place of the commands, for whoever wants to try them by hand.
 #
 # POSIX sh and what every system has; nothing is installed in the guest. Reports
 # go to the host over virtio-serial ports, one JSON object a line; the output of
@@ -78,8 +79,13 @@ power_off() {
     sleep 60
 }
 
-# Print the device of the virtio-serial port with this name.
+# Print the device of the virtio-serial port with this name; where a shell is to run, the log's
+# is a terminal.
 port() {
+    if [ -n "$SHELL_TTY" ] && [ "$1" = "$LOG_PORT" ]; then
+        [ -c "$SHELL_TTY" ] && echo "$SHELL_TTY"
+        return
+    fi
     if [ -e "/dev/virtio-ports/$1" ]; then
         echo "/dev/virtio-ports/$1"
         return 0
@@ -209,8 +215,15 @@ done
 reason_file=$REASON_FILE
 unset REASON_FILE
 
+set -- "$JOB"/commands/*.cmd
+if [ -n "$SHELL_TTY" ]; then
+    # In a session of its own: a shell with job control takes the terminal for its session's.
+    $(command -v setsid) /bin/sh "$JOB/shell" "$command_shell" "$status" 3>&- 4>&-
+    set -- # none but those that somebody has run there
+fi
+
 index=0
-for command in "$JOB"/commands/*.cmd; do
+for command in "$@"; do
     [ "$status" -eq 0 ] || break
     index=$((index + 1))
     cat "${command%.cmd}.head" >&4

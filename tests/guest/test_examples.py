@@ -24,6 +24,7 @@ DEBIAN = ("--memory", "1G", "--cpus", "2", "--boot-timeout", "5m")
 
 # Refuses what lorax 46 refuses; exits 0 without an ISO where lorax does: no root in the image.
 LIVEMEDIA_CREATOR = r"""#!/bin/sh
+mkdir -p /var/tmp # which the tiny guest has not
 ks= tmp=/var/tmp logfile=livemedia.log macboot=yes disk= results=
 while [ $# -gt 0 ]; do
     case $1 in
@@ -82,7 +83,7 @@ def start(build: Builder, example: str, *more: str, utility: Path, given: Path) 
 def test_every_example_template_says_how_it_is_built_and_is_tested() -> None:
     templates = {path.name for path in EXAMPLES.glob("*.tdl")}
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    assert templates == set(re.findall(r'"([a-z0-9-]+\.tdl)"', tests))
+    assert templates <= set(re.findall(r'"([a-z0-9-]+\.tdl)"', tests))
     readme = (EXAMPLES / "README.md").read_text()
     for name in templates:
         assert command_line(name)[7] == name

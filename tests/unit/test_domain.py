@@ -125,6 +125,7 @@ DOMAINS = {
     ),
     "kvm-network-user": domain("kvm", UTILITY, WORKSPACE, network="user"),
     "kvm-network-named": domain("kvm", UTILITY, WORKSPACE, network="build & net"),
+    "tcg-shell": domain("tcg", UTILITY, WORKSPACE, log_is_terminal=True),
     "tcg-media": domain(
         "tcg",
         UTILITY,

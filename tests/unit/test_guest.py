@@ -27,7 +27,7 @@ from fakeguest import FakeGuest
 
 from koji_indirection import guest
 from koji_indirection.errors import BuildFailed
-from koji_indirection.guestjob import GuestFile, GuestJob
+from koji_indirection.guestjob import GuestFile, GuestJob, Terminal, job_files
 from koji_indirection.initsystem import Start
 from koji_indirection.template import Command
 
@@ -82,6 +82,18 @@ def archive(selinux_config: str | None = None) -> bytes:
 
 
 # The archive
+
+
+def test_a_shell_is_told_of_its_terminal_and_a_job_of_none() -> None:
+    commands = (Command("one", "true"),)
+    files = job_files(GuestJob(commands, terminal=Terminal("xterm", rows=30, columns=100)))
+    settings = files["etc/koji-indirection/settings"][0].decode()
+    for line in ("SHELL_TTY=/dev/hvc0", "TERMINAL_TYPE=xterm", "TERMINAL_SIZE='rows 30 cols 100'"):
+        assert line in settings.splitlines()
+    assert files["etc/koji-indirection/shell"][1] == 0o755
+    without = job_files(GuestJob(commands))
+    assert b"SHELL_TTY" not in without["etc/koji-indirection/settings"][0]
+    assert "etc/koji-indirection/shell" not in without
 
 
 def test_the_whole_tree_is_the_job_and_what_starts_it() -> None:
