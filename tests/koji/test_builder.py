@@ -73,20 +73,21 @@ def put_rpms(koji: RealKoji) -> None:
 
     Content generators may not import the second kind, so it is done behind the hub's back.
     """
-    koji.admin_session().createExternalRepo("elsewhere", "http://example.com/repo")
+    session = koji.admin_session()
+    session.createExternalRepo("elsewhere", "http://example.com/repo")
+    build_id = session.getBuild(INPUT)["id"]
     koji.sql(
-        """
+        f"""
         INSERT INTO rpminfo (build_id, draft, external_repo_id, name,
             version, release, arch, payloadhash, size, buildtime)
-            SELECT build.id, FALSE, 0, 'bash', '5', '1', 'x86_64', 'aa', 10, 20
-            FROM build JOIN package ON package.id = pkg_id WHERE name = 'tiny';
+            VALUES ({build_id}, FALSE, 0, 'bash', '5', '1', 'x86_64', 'aa', 10, 20);
         INSERT INTO rpminfo (build_id, draft, external_repo_id, name,
             version, release, arch, payloadhash, size, buildtime)
             SELECT NULL, NULL, id, 'kernel', '6', '1', 'x86_64', 'bb', 3000000000, 20
             FROM external_repo WHERE name = 'elsewhere';
         INSERT INTO archive_rpm_components (archive_id, rpm_id)
             SELECT archiveinfo.id, rpminfo.id FROM archiveinfo, rpminfo
-            WHERE filename = 'tiny.x86_64.qcow2';
+            WHERE archiveinfo.build_id = {build_id} AND filename = 'tiny.x86_64.qcow2';
         """
     )
 
