@@ -54,7 +54,7 @@ _numbers = itertools.count(1)
 
 @pytest.fixture(scope="module")
 def koji(any_koji: AnyKoji) -> Iterator[AnyKoji]:
-    """The real Koji with our builder plugin, and the tiny image as the build INPUT."""
+    """A Koji with our builder plugin, and the tiny image as the build INPUT."""
     if not TINY.exists():
         pytest.skip(f"there is no {TINY}: run make images")
     from harness.base import ImageFile

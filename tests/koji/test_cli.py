@@ -1,4 +1,4 @@
-"""`koji indirection-build`, the command itself, against any hub of the tests; its builder is played here."""
+"""`koji indirection-build`, the command itself; the builder is played here, the hub is any."""
 
 from __future__ import annotations
 
