@@ -50,9 +50,9 @@ demo: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2
 	PATH="$(abspath $(BIN)):$$PATH" examples/demo $(IMAGES) $(DEMO)
 
 test: lint images
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -n 2
 	$(BIN)/pytest tests/guest -n 2
-	$(BIN)/pytest tests/koji -m 'not real_koji'
+	$(BIN)/pytest tests/koji -m 'not real_koji' -n 2 --dist loadfile
 	$(BIN)/python -m tests.soak --builds 6 --jobs 2
 
 test-koji: PACKAGES += $(KOJI_PACKAGES)
@@ -68,7 +68,7 @@ soak: setup $(IMAGES)/tiny.qcow2
 	$(BIN)/python -m tests.soak --builds $(BUILDS) --jobs $(JOBS) --seed $(SEED)
 
 check: lint
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -n 2
 
 lint: setup
 	$(BIN)/ruff check . $(SCRIPTS)

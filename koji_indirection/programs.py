@@ -15,8 +15,9 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 from .errors import BuilderFault
 
@@ -78,7 +79,7 @@ def run(
 
     log.debug("run: %s", shlex.join(argv))
     try:
-        child = subprocess.Popen(
+        child = _start(
             argv,
             stdin=subprocess.PIPE if input_text is not None else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -119,6 +120,24 @@ def run(
     if child.returncode != 0:
         raise ProgramFailed(argv, child.returncode, said, timeout_seconds)
     return stdout
+
+
+def _start(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Popen, in a thread: an interrupt, which only the main one gets, loses no child."""
+    started: Future[subprocess.Popen[bytes]] = Future()
+
+    def start() -> None:
+        try:
+            started.set_result(subprocess.Popen(argv, **options))
+        except BaseException as error:  # noqa: BLE001 - it is raised below
+            started.set_exception(error)
+
+    threading.Thread(target=start, name="start a program").start()
+    try:
+        return started.result()
+    except (KeyboardInterrupt, SystemExit):
+        _kill(started.result())
+        raise
 
 
 def _set_limits(pid: int, limits: Limits) -> None:

@@ -1,4 +1,4 @@
-"""`koji indirection-build`, the command itself, against a real hub whose builder is played here."""
+"""`koji indirection-build`, the command itself, against any hub of the tests; its builder is played here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from harness.base import AnyKoji as RealKoji
+    from harness.base import AnyKoji
 
 NOBODY_LISTENS = "--server=http://127.0.0.1:1/kojihub"
 SCM = "git://127.0.0.1/templates.git#main"
@@ -36,7 +36,7 @@ SPEC = {
 
 
 @pytest.fixture(scope="module")
-def hub(any_koji: RealKoji) -> Iterator[RealKoji]:
+def hub(any_koji: AnyKoji) -> Iterator[AnyKoji]:
     """Without a builder, so that a task is free until a test has done with it."""
     any_koji.user_session("alice")
     any_koji.builder_stop()
@@ -56,16 +56,16 @@ def template(tmp_path: Path) -> Path:
     return path
 
 
-def run(hub: RealKoji, *arguments: object, user: str = "alice") -> subprocess.CompletedProcess[str]:
+def run(hub: AnyKoji, *arguments: object, user: str = "alice") -> subprocess.CompletedProcess[str]:
     return hub.cli("indirection-build", *arguments, user=user, stdin=subprocess.DEVNULL)
 
 
-def tasks(hub: RealKoji) -> list[int]:
+def tasks(hub: AnyKoji) -> list[int]:
     free = hub.admin_session().listTasks({"method": "indirectionBuild", "state": [0, 1, 4]})
     return [task["id"] for task in free]
 
 
-def wire(hub: RealKoji, task_id: int) -> Any:
+def wire(hub: AnyKoji, task_id: int) -> Any:
     """The spec of a task, as a builder gets it."""
     spec, *_ = hub.task(task_id)["request"]
     return spec
@@ -81,21 +81,21 @@ def whole(**fields: Any) -> Any:
 # Without a hub
 
 
-def test_help_needs_no_server(hub: RealKoji) -> None:
+def test_help_needs_no_server(hub: AnyKoji) -> None:
     done = hub.cli(NOBODY_LISTENS, "indirection-build", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "koji indirection-build [options] TARGET NAME VERSION" in done.stdout
     assert "--utility-image=REF" in done.stdout
 
 
-def test_help_of_a_replay_needs_no_server(hub: RealKoji) -> None:
+def test_help_of_a_replay_needs_no_server(hub: AnyKoji) -> None:
     done = hub.cli(NOBODY_LISTENS, "indirection-replay", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "koji indirection-replay TASK_ID --output DIR [options]" in done.stdout
     assert "--template=FILE" in done.stdout
 
 
-def test_koji_help_lists_the_commands(hub: RealKoji) -> None:
+def test_koji_help_lists_the_commands(hub: AnyKoji) -> None:
     done = hub.cli(NOBODY_LISTENS, "help", "build")
     assert "indirection-build         Make an image with the tools that are" in done.stdout
     assert "indirection-replay        Build on this machine what a task of" in done.stdout
@@ -114,7 +114,7 @@ def test_koji_help_lists_the_commands(hub: RealKoji) -> None:
     ],
 )
 def test_usage_errors_of_a_replay_need_no_login(
-    hub: RealKoji, arguments: list[str], message: str
+    hub: AnyKoji, arguments: list[str], message: str
 ) -> None:
     done = hub.cli(NOBODY_LISTENS, "indirection-replay", *arguments)
     assert done.returncode == 2
@@ -131,7 +131,7 @@ def test_usage_errors_of_a_replay_need_no_login(
         ([*WHAT, *INPUTS, "--template=/no/such.tdl"], "/no/such.tdl does not exist"),
     ],
 )
-def test_usage_errors_need_no_login(hub: RealKoji, arguments: Any, message: str) -> None:
+def test_usage_errors_need_no_login(hub: AnyKoji, arguments: Any, message: str) -> None:
     done = hub.cli(NOBODY_LISTENS, "indirection-build", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("usage error: ")
@@ -140,7 +140,7 @@ def test_usage_errors_need_no_login(hub: RealKoji, arguments: Any, message: str)
 
 
 def test_without_the_library_other_commands_work_and_this_one_says_why(
-    hub: RealKoji, tmp_path: Path
+    hub: AnyKoji, tmp_path: Path
 ) -> None:
     (tmp_path / "koji_indirection.py").write_text("raise ImportError('it is not here')")
     environment = hub.cli_environment()
@@ -159,7 +159,7 @@ def test_without_the_library_other_commands_work_and_this_one_says_why(
 # Submitting
 
 
-def test_a_task_has_exactly_the_spec_that_was_asked_for(hub: RealKoji) -> None:
+def test_a_task_has_exactly_the_spec_that_was_asked_for(hub: AnyKoji) -> None:
     done = run(
         *(hub, *ENOUGH, "--arch=aarch64", "--can-fail=aarch64", "--release=7", "--memory=4G"),
         *("--collect-log=/program.log", "--accel=tcg", "--scratch", "--nowait", "--json"),
@@ -178,7 +178,7 @@ def test_a_task_has_exactly_the_spec_that_was_asked_for(hub: RealKoji) -> None:
     )
 
 
-def test_nowait_prints_the_id_and_with_quiet_nothing_else(hub: RealKoji) -> None:
+def test_nowait_prints_the_id_and_with_quiet_nothing_else(hub: AnyKoji) -> None:
     done = run(hub, *ENOUGH, "--nowait")
     created, info = done.stdout.splitlines()
     task_id = int(created.removeprefix("Created task: "))
@@ -188,21 +188,21 @@ def test_nowait_prints_the_id_and_with_quiet_nothing_else(hub: RealKoji) -> None
     assert wire(hub, int(quiet.stdout)) == wire(hub, task_id) == whole()
 
 
-def test_in_the_background_it_waits_only_when_told_to(hub: RealKoji) -> None:
+def test_in_the_background_it_waits_only_when_told_to(hub: AnyKoji) -> None:
     done = run(hub, *ENOUGH)
     assert done.returncode == 0
     assert "Watching tasks" not in done.stdout
 
 
 @pytest.mark.parametrize(("option", "more"), [("--background", 5), ("--priority=7", 7), ("", 0)])
-def test_the_priority_is_relative_to_the_default(hub: RealKoji, option: str, more: int) -> None:
+def test_the_priority_is_relative_to_the_default(hub: AnyKoji, option: str, more: int) -> None:
     import koji
 
     done = run(hub, *ENOUGH, "--nowait", "--quiet", *([option] if option else []))
     assert hub.task(int(done.stdout))["priority"] == koji.PRIO_DEFAULT + more
 
 
-def test_a_local_template_is_uploaded(hub: RealKoji, template: Path) -> None:
+def test_a_local_template_is_uploaded(hub: AnyKoji, template: Path) -> None:
     done = run(hub, *WHAT, *INPUTS, f"--template={template}", "--scratch", "--nowait", "--quiet")
     assert done.returncode == 0, done.stderr
     spec = wire(hub, int(done.stdout))
@@ -211,7 +211,7 @@ def test_a_local_template_is_uploaded(hub: RealKoji, template: Path) -> None:
 
 
 def test_the_upload_shows_progress_on_a_terminal_unless_told_not_to(
-    hub: RealKoji, template: Path
+    hub: AnyKoji, template: Path
 ) -> None:
     arguments = [*WHAT, *INPUTS, f"--template={template}", "--scratch", "--nowait"]
     assert "[=======" in on_a_terminal(hub, *arguments)
@@ -219,7 +219,7 @@ def test_the_upload_shows_progress_on_a_terminal_unless_told_not_to(
     assert "[=======" not in run(hub, *arguments).stdout
 
 
-def on_a_terminal(hub: RealKoji, *arguments: object) -> str:
+def on_a_terminal(hub: AnyKoji, *arguments: object) -> str:
     code = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
     argv = hub.cli_argv("indirection-build", *arguments, user="alice")
     done = subprocess.run(
@@ -236,7 +236,7 @@ def on_a_terminal(hub: RealKoji, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("section", ["image-build-indirection", "indirection-build"])
-def test_an_old_config_file_works_unchanged(hub: RealKoji, tmp_path: Path, section: str) -> None:
+def test_an_old_config_file_works_unchanged(hub: AnyKoji, tmp_path: Path, section: str) -> None:
     path = tmp_path / "old.conf"
     path.write_text(
         f"""
@@ -260,7 +260,7 @@ wait = false
 
 
 def test_a_new_config_file_has_arches_of_their_own_and_is_overridden_by_options(
-    hub: RealKoji, tmp_path: Path
+    hub: AnyKoji, tmp_path: Path
 ) -> None:
     path = tmp_path / "live.conf"
     path.write_text(
@@ -290,7 +290,7 @@ memory = 8G
     assert "has no key 'template_smc' (did you mean 'template_scm'?)" in done.stderr
 
 
-def test_who_may_not_build_images_is_told(hub: RealKoji) -> None:
+def test_who_may_not_build_images_is_told(hub: AnyKoji) -> None:
     hub.user_session("mallory", perms=[])
     before = tasks(hub)
     done = run(hub, *ENOUGH, "--nowait", user="mallory")
@@ -299,14 +299,14 @@ def test_who_may_not_build_images_is_told(hub: RealKoji) -> None:
     assert tasks(hub) == before
 
 
-def test_what_the_hub_refuses_is_told_as_the_hub_says_it(hub: RealKoji, template: Path) -> None:
+def test_what_the_hub_refuses_is_told_as_the_hub_says_it(hub: AnyKoji, template: Path) -> None:
     done = run(hub, *WHAT, *INPUTS, f"--template={template}", "--nowait")
     assert done.returncode == 1
     assert "ActionNotAllowed: a build that is not scratch needs its template from" in done.stderr
     assert "Created task" not in done.stdout
 
 
-def test_a_hub_without_the_plugin_is_told_of(hub: RealKoji) -> None:
+def test_a_hub_without_the_plugin_is_told_of(hub: AnyKoji) -> None:
     hub.hub_restart(settings={"Plugins": ""})
     try:
         done = run(hub, *ENOUGH, "--nowait")
@@ -320,7 +320,7 @@ def test_a_hub_without_the_plugin_is_told_of(hub: RealKoji) -> None:
 
 
 @contextmanager
-def waiting(hub: RealKoji, *arguments: object) -> Iterator[tuple[Any, int]]:
+def waiting(hub: AnyKoji, *arguments: object) -> Iterator[tuple[Any, int]]:
     """The command, running, and its task."""
     before = set(tasks(hub))
     command = subprocess.Popen(
@@ -344,7 +344,7 @@ def waiting(hub: RealKoji, *arguments: object) -> Iterator[tuple[Any, int]]:
         command.communicate()
 
 
-def test_the_exit_status_is_that_of_the_task(hub: RealKoji) -> None:
+def test_the_exit_status_is_that_of_the_task(hub: AnyKoji) -> None:
     with waiting(hub) as (command, task_id):
         hub.admin_session().cancelTask(task_id)
         out, _ = command.communicate(timeout=60)
@@ -353,7 +353,7 @@ def test_the_exit_status_is_that_of_the_task(hub: RealKoji) -> None:
         assert "canceled" in out
 
 
-def test_a_task_that_succeeds_is_told_with_its_build(hub: RealKoji, tmp_path: Path) -> None:
+def test_a_task_that_succeeds_is_told_with_its_build(hub: AnyKoji, tmp_path: Path) -> None:
     with waiting(hub, "--json") as (command, task_id):
         build = play_the_builder(hub, task_id, tmp_path)
         out, err = command.communicate(timeout=60)
@@ -373,7 +373,7 @@ def test_a_task_that_succeeds_is_told_with_its_build(hub: RealKoji, tmp_path: Pa
     assert f"{task_id} indirectionBuild" in err
 
 
-def play_the_builder(hub: RealKoji, task_id: int, directory: Path) -> Any:
+def play_the_builder(hub: AnyKoji, task_id: int, directory: Path) -> Any:
     """Make the task's build of one small file, and close the task."""
     from koji.xmlrpcplus import dumps
 
@@ -397,7 +397,7 @@ def play_the_builder(hub: RealKoji, task_id: int, directory: Path) -> Any:
     return build
 
 
-def taken(hub: RealKoji, task_id: int) -> Any:
+def taken(hub: AnyKoji, task_id: int) -> Any:
     """The session of the host, which has opened the task."""
     from harness.base import HOST
 
@@ -417,7 +417,7 @@ def upload(host: Any, task_id: int, path: Path) -> None:
         host.fastUpload(str(path), koji.pathinfo.taskrelpath(task_id))
 
 
-def test_a_task_without_a_build_has_none(hub: RealKoji) -> None:
+def test_a_task_without_a_build_has_none(hub: AnyKoji) -> None:
     with waiting(hub, "--json") as (command, task_id):
         hub.admin_session().cancelTask(task_id)
         out, _ = command.communicate(timeout=60)
@@ -425,7 +425,7 @@ def test_a_task_without_a_build_has_none(hub: RealKoji) -> None:
     assert json.loads(out) == {"task_id": task_id, "state": "CANCELED", "build": None}
 
 
-def test_interrupting_the_watch_leaves_the_task_and_its_id(hub: RealKoji) -> None:
+def test_interrupting_the_watch_leaves_the_task_and_its_id(hub: AnyKoji) -> None:
     with waiting(hub, "--json") as (command, task_id):
         command.send_signal(signal.SIGINT)
         out, err = command.communicate(timeout=60)
@@ -439,7 +439,7 @@ def test_interrupting_the_watch_leaves_the_task_and_its_id(hub: RealKoji) -> Non
 
 
 @pytest.fixture(scope="module")
-def nvr(hub: RealKoji, tmp_path_factory: pytest.TempPathFactory) -> str:
+def nvr(hub: AnyKoji, tmp_path_factory: pytest.TempPathFactory) -> str:
     from harness.base import DEST_TAG, ImageFile
 
     disk = tmp_path_factory.mktemp("disks") / "disk.qcow2"
@@ -453,7 +453,7 @@ def nvr(hub: RealKoji, tmp_path_factory: pytest.TempPathFactory) -> str:
     return nvr
 
 
-def dry_run(hub: RealKoji, *arguments: object, images: str) -> subprocess.CompletedProcess[str]:
+def dry_run(hub: AnyKoji, *arguments: object, images: str) -> subprocess.CompletedProcess[str]:
     """As a user whom the hub does not know."""
     from harness.base import DEST_TAG
 
@@ -467,7 +467,7 @@ def dry_run(hub: RealKoji, *arguments: object, images: str) -> subprocess.Comple
     return done
 
 
-def test_a_dry_run_shows_which_images_it_would_use(hub: RealKoji, nvr: str) -> None:
+def test_a_dry_run_shows_which_images_it_would_use(hub: AnyKoji, nvr: str) -> None:
     from hashlib import sha256
 
     done = dry_run(hub, "--arch=x86_64", "--arch=aarch64", images=nvr)
@@ -481,7 +481,7 @@ def test_a_dry_run_shows_which_images_it_would_use(hub: RealKoji, nvr: str) -> N
     assert done.stdout.endswith("No task was made.\n")
 
 
-def test_a_dry_run_prints_json(hub: RealKoji, nvr: str) -> None:
+def test_a_dry_run_prints_json(hub: AnyKoji, nvr: str) -> None:
     done = dry_run(hub, "--arch=aarch64", "--json", images=nvr)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
@@ -492,7 +492,7 @@ def test_a_dry_run_prints_json(hub: RealKoji, nvr: str) -> None:
     assert (image["size_bytes"], image["checksum_type"]) == (70000, "sha256")
 
 
-def test_a_dry_run_uploads_nothing(hub: RealKoji, nvr: str, template: Path) -> None:
+def test_a_dry_run_uploads_nothing(hub: AnyKoji, nvr: str, template: Path) -> None:
     uploads = hub.topdir / "work" / "cli-indirection"
     before = sorted(uploads.rglob("*"))
     done = dry_run(*(hub, "--arch=x86_64", "--template-scm=", f"--template={template}"), images=nvr)
@@ -501,7 +501,7 @@ def test_a_dry_run_uploads_nothing(hub: RealKoji, nvr: str, template: Path) -> N
     assert sorted(uploads.rglob("*")) == before
 
 
-def test_a_dry_run_fails_where_the_build_would(hub: RealKoji, nvr: str) -> None:
+def test_a_dry_run_fails_where_the_build_would(hub: AnyKoji, nvr: str) -> None:
     done = dry_run(hub, "--arch=s390x", images=nvr)
     assert done.returncode == 1
     assert "there is no image for s390x, only for aarch64, x86_64" in done.stderr
@@ -526,7 +526,7 @@ MAKE_ISO = f"{RESULTS} && echo made >results/images/boot.iso"
 
 
 @pytest.fixture(scope="module")
-def tiny(hub: RealKoji) -> str:
+def tiny(hub: AnyKoji) -> str:
     if not TINY.exists():
         pytest.skip(f"there is no {TINY}: run make images")
     from harness.base import ImageFile
@@ -545,7 +545,7 @@ def tdl(path: Path, command: str) -> Path:
     return path
 
 
-def here(hub: RealKoji, tmp_path: Path) -> list[str]:
+def here(hub: AnyKoji, tmp_path: Path) -> list[str]:
     """The options of any build on this machine."""
     return [
         f"--output={tmp_path / 'out'}",
@@ -555,7 +555,7 @@ def here(hub: RealKoji, tmp_path: Path) -> list[str]:
 
 
 def build_locally(
-    hub: RealKoji, tmp_path: Path, image: str, *arguments: object, arch: str = "x86_64"
+    hub: AnyKoji, tmp_path: Path, image: str, *arguments: object, arch: str = "x86_64"
 ) -> subprocess.CompletedProcess[str]:
     return hub.cli(
         *("indirection-build", "images", "live", "1", f"--arch={arch}", f"--input-image={image}"),
@@ -566,7 +566,7 @@ def build_locally(
 
 
 def replay(
-    hub: RealKoji, tmp_path: Path, task_id: int, *arguments: object
+    hub: AnyKoji, tmp_path: Path, task_id: int, *arguments: object
 ) -> subprocess.CompletedProcess[str]:
     return hub.cli(
         *("indirection-replay", task_id, *here(hub, tmp_path), *arguments),
@@ -581,7 +581,7 @@ def nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_a_local_build_makes_what_a_builder_would_and_no_task(
-    hub: RealKoji, tiny: str, tmp_path: Path
+    hub: AnyKoji, tiny: str, tmp_path: Path
 ) -> None:
     before = tasks(hub)
     template = tdl(tmp_path / "live.tdl", MAKE_ISO)
@@ -600,7 +600,7 @@ def test_a_local_build_makes_what_a_builder_would_and_no_task(
 
 
 def test_a_local_build_takes_its_template_from_source_control_and_says_the_commit(
-    hub: RealKoji, tiny: str, tmp_path: Path
+    hub: AnyKoji, tiny: str, tmp_path: Path
 ) -> None:
     template = tdl(tmp_path / "live.tdl", "echo the very last line; exit 7")
     url = hub.git_repository("local-template", {"live.tdl": template.read_bytes()})
@@ -629,7 +629,7 @@ def test_a_local_build_takes_its_template_from_source_control_and_says_the_commi
     ],
 )
 def test_what_cannot_be_built_here_is_told_and_nothing_is_left(
-    hub: RealKoji, tiny: str, tmp_path: Path, arguments: list[str], status: int, message: str
+    hub: AnyKoji, tiny: str, tmp_path: Path, arguments: list[str], status: int, message: str
 ) -> None:
     scm = any(one.startswith("--template-scm") for one in arguments)
     template = "live.tdl" if scm else tdl(tmp_path / "live.tdl", "true")
@@ -642,7 +642,7 @@ def test_what_cannot_be_built_here_is_told_and_nothing_is_left(
 
 
 def test_a_local_build_of_another_machines_arch_is_refused(
-    hub: RealKoji, tiny: str, tmp_path: Path
+    hub: AnyKoji, tiny: str, tmp_path: Path
 ) -> None:
     template = tdl(tmp_path / "live.tdl", "true")
     done = build_locally(hub, tmp_path, tiny, f"--template={template}", arch="s390x")
@@ -652,7 +652,7 @@ def test_a_local_build_of_another_machines_arch_is_refused(
 
 
 def test_interrupting_a_local_build_stops_it_and_leaves_logs_only(
-    hub: RealKoji, tiny: str, tmp_path: Path
+    hub: AnyKoji, tiny: str, tmp_path: Path
 ) -> None:
     template = tdl(tmp_path / "live.tdl", "echo it runs; sleep 300")
     argv = hub.cli_argv(
@@ -680,7 +680,7 @@ def test_interrupting_a_local_build_stops_it_and_leaves_logs_only(
 
 
 @pytest.fixture(scope="module")
-def failed(hub: RealKoji, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> int:
+def failed(hub: AnyKoji, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> int:
     """A scratch task that has failed, with what the engine leaves of that build.
 
     A later build of its image came after it.
@@ -713,7 +713,7 @@ def failed(hub: RealKoji, tiny: str, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_a_failed_task_fails_here_in_the_same_way(
-    hub: RealKoji, failed: int, tiny: str, tmp_path: Path
+    hub: AnyKoji, failed: int, tiny: str, tmp_path: Path
 ) -> None:
     done = replay(hub, tmp_path, failed, "--verbose", "--json")
     assert done.returncode == 1
@@ -728,7 +728,7 @@ def test_a_failed_task_fails_here_in_the_same_way(
 
 
 def test_a_correction_is_tried_out_on_a_failed_task(
-    hub: RealKoji, failed: int, tmp_path: Path
+    hub: AnyKoji, failed: int, tmp_path: Path
 ) -> None:
     fixed = tdl(tmp_path / "fixed.tdl", MAKE_ISO.replace("boot.iso", "other.iso"))
     done = replay(
@@ -743,7 +743,7 @@ def test_a_correction_is_tried_out_on_a_failed_task(
     nothing_is_left(tmp_path)
 
 
-def test_what_cannot_be_replayed_is_told(hub: RealKoji, tiny: str, tmp_path: Path) -> None:
+def test_what_cannot_be_replayed_is_told(hub: AnyKoji, tiny: str, tmp_path: Path) -> None:
     def refused(task_id: int, *arguments: object) -> str:
         done = replay(hub, tmp_path, task_id, *arguments)
         assert done.returncode in (1, 2), done.stderr

@@ -1,4 +1,4 @@
-"""The hub plugin on a real hub: who may ask for what, and what is recorded of a build."""
+"""The hub plugin on any hub of the tests: who may ask for what, and what is recorded of a build."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from harness.base import AnyKoji as RealKoji
+    from harness.base import AnyKoji
 
 UPLOAD = "cli-indirection/1695124012.341.QwErTyUi"
 SCM = "git://127.0.0.1/templates.git#main"
@@ -38,7 +38,7 @@ SCRATCH: dict[str, Any] = {"scratch": True, "template_scm": None, "template_uplo
 
 
 @pytest.fixture(scope="module")
-def hub(any_koji: RealKoji) -> Iterator[RealKoji]:
+def hub(any_koji: AnyKoji) -> Iterator[AnyKoji]:
     """Without a builder: these tasks are nobody's, or those of a test that plays the builder."""
     any_koji.builder_stop()
     try:
@@ -48,7 +48,7 @@ def hub(any_koji: RealKoji) -> Iterator[RealKoji]:
 
 
 @pytest.fixture
-def user(hub: RealKoji) -> Iterator[Any]:
+def user(hub: AnyKoji) -> Iterator[Any]:
     """alice may build images; her tasks are cancelled in the end."""
     session = hub.user_session("alice")
     yield session
@@ -58,7 +58,7 @@ def user(hub: RealKoji) -> Iterator[Any]:
 
 
 @contextmanager
-def hub_with(koji: RealKoji, **options: Any) -> Iterator[None]:
+def hub_with(koji: AnyKoji, **options: Any) -> Iterator[None]:
     koji.hub_restart(**options)
     try:
         yield
@@ -70,7 +70,7 @@ def hub_with(koji: RealKoji, **options: Any) -> Iterator[None]:
 
 
 def test_a_user_with_the_image_permission_gets_a_task_in_the_channel_image(
-    hub: RealKoji, user: Any
+    hub: AnyKoji, user: Any
 ) -> None:
     import koji
 
@@ -89,12 +89,12 @@ def test_a_user_with_the_image_permission_gets_a_task_in_the_channel_image(
     assert for_policies == ["images", {"scratch": False}]
 
 
-def test_a_task_of_several_arches_is_noarch(hub: RealKoji, user: Any) -> None:
+def test_a_task_of_several_arches_is_noarch(hub: AnyKoji, user: Any) -> None:
     task = hub.task(user.indirectionBuild(wire(arches=["x86_64", "aarch64"])))
     assert task["arch"] == "noarch"
 
 
-def test_without_the_image_permission_nothing_is_even_looked_at(hub: RealKoji) -> None:
+def test_without_the_image_permission_nothing_is_even_looked_at(hub: AnyKoji) -> None:
     import koji
 
     with pytest.raises(koji.ActionNotAllowed, match="image permission required"):
@@ -149,12 +149,12 @@ def test_an_arch_that_the_build_tag_does_not_have_is_refused_with_those_it_has(u
         user.indirectionBuild(wire(arches=["x86_64", "s390x"]))
 
 
-def test_arches_are_compared_as_koji_does(hub: RealKoji, user: Any) -> None:
+def test_arches_are_compared_as_koji_does(hub: AnyKoji, user: Any) -> None:
     task = hub.task(user.indirectionBuild(wire(arches=["i386"])))
     assert task["arch"] == "i386"
 
 
-def test_a_build_tag_without_arches_is_told(hub: RealKoji, user: Any) -> None:
+def test_a_build_tag_without_arches_is_told(hub: AnyKoji, user: Any) -> None:
     import koji
 
     admin = hub.admin_session()
@@ -176,7 +176,7 @@ def test_a_package_that_the_destination_does_not_list_is_refused_unless_it_is_no
     assert user.indirectionBuild(wire(name="nobody", scratch=True))
 
 
-def test_a_package_that_is_blocked_in_the_destination_is_refused(hub: RealKoji, user: Any) -> None:
+def test_a_package_that_is_blocked_in_the_destination_is_refused(hub: AnyKoji, user: Any) -> None:
     import koji
 
     hub.add_package("outcast")
@@ -194,7 +194,7 @@ def test_an_uploaded_template_is_for_scratch_builds_only(user: Any) -> None:
             user.indirectionBuild(wire(**{**SCRATCH, **changes}))
 
 
-def test_a_negative_priority_is_for_admins_and_all_are_relative(hub: RealKoji, user: Any) -> None:
+def test_a_negative_priority_is_for_admins_and_all_are_relative(hub: AnyKoji, user: Any) -> None:
     import koji
 
     assert hub.task(user.indirectionBuild(wire(), 5))["priority"] == koji.PRIO_DEFAULT + 5
@@ -230,7 +230,7 @@ def allowed(session: Any, **changes: Any) -> bool:
 
 
 def test_the_policy_that_is_called_indirection_decides_for_admins_too(
-    hub: RealKoji, user: Any
+    hub: AnyKoji, user: Any
 ) -> None:
     import koji
 
@@ -240,7 +240,7 @@ def test_the_policy_that_is_called_indirection_decides_for_admins_too(
             hub.admin_session().indirectionBuild(wire())
 
 
-def test_the_policy_sees_all_that_the_documentation_promises(hub: RealKoji, user: Any) -> None:
+def test_the_policy_sees_all_that_the_documentation_promises(hub: AnyKoji, user: Any) -> None:
     if user.getTag("other-build") is None:
         admin = hub.admin_session()
         admin.createTag("other-build", arches="x86_64")
@@ -274,7 +274,7 @@ def test_the_policy_sees_all_that_the_documentation_promises(hub: RealKoji, user
         assert not allowed(user, utility_image="task:5")
 
 
-def test_the_policy_sees_what_network_the_guest_is_to_have(hub: RealKoji, user: Any) -> None:
+def test_the_policy_sees_what_network_the_guest_is_to_have(hub: AnyKoji, user: Any) -> None:
     def asks(network: str | None, **more: Any) -> dict[str, Any]:
         """With this network for x86_64 and none for aarch64."""
         per_arch = {} if network is None else {"x86_64": {"network": network, **more}}
@@ -307,7 +307,7 @@ def test_the_policy_sees_what_network_the_guest_is_to_have(hub: RealKoji, user: 
         assert not allowed(user, build={"network": "br0"}, tag_repo=True)
 
 
-def test_a_policy_may_allow_an_uploaded_template_for_a_build(hub: RealKoji, user: Any) -> None:
+def test_a_policy_may_allow_an_uploaded_template_for_a_build(hub: AnyKoji, user: Any) -> None:
     import koji
 
     upload = {**SCRATCH, "scratch": False}
@@ -333,7 +333,7 @@ def test_a_policy_may_allow_an_uploaded_template_for_a_build(hub: RealKoji, user
 
 
 def test_the_channel_can_be_set_and_the_policies_for_channels_see_the_request(
-    hub: RealKoji, user: Any
+    hub: AnyKoji, user: Any
 ) -> None:
     admin = hub.admin_session()
     if admin.getChannel("image-kvm") is None:
@@ -364,7 +364,7 @@ def test_the_channel_can_be_set_and_the_policies_for_channels_see_the_request(
     ],
 )
 def test_a_broken_configuration_breaks_this_call_and_not_the_hub(
-    hub: RealKoji, user: Any, conf: str, words: str
+    hub: AnyKoji, user: Any, conf: str, words: str
 ) -> None:
     import koji
 
@@ -374,7 +374,7 @@ def test_a_broken_configuration_breaks_this_call_and_not_the_hub(
             user.indirectionBuild(wire())
 
 
-def test_the_sample_configuration_is_valid_and_changes_nothing(hub: RealKoji, user: Any) -> None:
+def test_the_sample_configuration_is_valid_and_changes_nothing(hub: AnyKoji, user: Any) -> None:
     sample = Path(__file__).parents[2] / "hub" / "indirection.conf"
     with hub_with(hub, plugin_conf=sample.read_text()):
         task = hub.task(user.indirectionBuild(wire()))
@@ -389,7 +389,7 @@ sys.modules[{module!r}] = None
 
 @pytest.mark.parametrize("module", ["koji_indirection", "jsonschema"])
 def test_a_hub_without_the_library_answers_all_other_calls(
-    hub: RealKoji, user: Any, module: str
+    hub: AnyKoji, user: Any, module: str
 ) -> None:
     import koji
 
@@ -408,7 +408,7 @@ def test_a_hub_without_the_library_answers_all_other_calls(
 class Host:
     """The test in the builder's place: it opens a task, and completes its build."""
 
-    def __init__(self, koji: RealKoji, user: Any) -> None:
+    def __init__(self, koji: AnyKoji, user: Any) -> None:
         from harness.base import HOST
 
         self.koji = koji
@@ -455,14 +455,14 @@ class Host:
 
 
 @pytest.fixture
-def host(hub: RealKoji, user: Any) -> Iterator[Host]:
+def host(hub: AnyKoji, user: Any) -> Iterator[Host]:
     host = Host(hub, user)
     yield host
     host.session.logout()
 
 
 @pytest.fixture(scope="module")
-def images(hub: RealKoji, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def images(hub: AnyKoji, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Archives of a utility and an input image, by role and arch."""
     from harness.base import ImageFile
 
@@ -507,7 +507,7 @@ ROLES = ("utility image", "input image")
 
 
 def test_what_a_build_was_made_from_is_seen_from_both_sides(
-    hub: RealKoji, host: Host, images: dict[str, Any]
+    hub: AnyKoji, host: Host, images: dict[str, Any]
 ) -> None:
     arches = ("x86_64", "aarch64")
     task_id, build = host.build(*arches)
@@ -535,7 +535,7 @@ def test_what_a_build_was_made_from_is_seen_from_both_sides(
 
 
 def test_it_can_be_recorded_again_and_leaves_the_rest_of_extra_alone(
-    hub: RealKoji, host: Host, images: dict[str, Any]
+    hub: AnyKoji, host: Host, images: dict[str, Any]
 ) -> None:
     task_id = host.open()
     info = {"name": "live", "version": "41", "release": str(task_id), "epoch": 0}
@@ -656,7 +656,7 @@ def test_an_image_is_not_recorded_twice_for_an_arch(host: Host, images: dict[str
 
 
 def test_only_the_host_of_the_open_task_records_and_only_on_the_tasks_own_build(
-    hub: RealKoji, host: Host, images: dict[str, Any]
+    hub: AnyKoji, host: Host, images: dict[str, Any]
 ) -> None:
     import koji
 
@@ -687,7 +687,7 @@ def test_only_the_host_of_the_open_task_records_and_only_on_the_tasks_own_build(
 
 
 def test_a_task_of_another_kind_has_nothing_to_record(
-    hub: RealKoji, host: Host, images: dict[str, Any]
+    hub: AnyKoji, host: Host, images: dict[str, Any]
 ) -> None:
     import koji
 

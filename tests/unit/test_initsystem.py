@@ -30,6 +30,7 @@ MASKED = [
     "cloud-final.service",
     "kdump.service",
     "snapd.seeded.service",
+    "serial-getty@hvc0.service",
 ]
 ORDER = """\
 TARGETS = killprocs bootlogs rmnologin single rc.local

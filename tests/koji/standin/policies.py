@@ -32,7 +32,7 @@ class UserTest(koji.policy.MatchTest):
         return super().run({**data, self.field: _user(data)["name"]})
 
 
-class HasPermTest(koji.policy.BaseSimpleTest):
+class PermissionOfUser(koji.policy.BaseSimpleTest):
     name = "has_perm"
 
     def run(self, data: Data) -> bool:
@@ -125,7 +125,7 @@ class SourceTest(_OfBuild):
         return ("source" in data or "build" in data) and super().run(data)
 
 
-class BuildTypeTest(koji.policy.BaseSimpleTest):
+class TypeOfBuild(koji.policy.BaseSimpleTest):
     name = "buildtype"
 
     def run(self, data: Data) -> bool:

@@ -94,7 +94,7 @@ class Session:
 
     def assertLogin(self) -> None:
         if not self.logged_in:
-            raise koji.ActionNotAllowed("you must be logged in for this operation")
+            raise koji.ActionNotAllowed("log in first")
 
     def getHostId(self) -> int | None:
         found: int | None = context.db.value(
@@ -185,16 +185,16 @@ class SessionCalls:
         session, db = context.session, context.db
         session.assertLogin()
         if session.master is not None:
-            raise koji.GenericError("subsessions cannot become exclusive")
+            raise koji.GenericError("this is a subsession: only its parent can be exclusive")
         if session.exclusive:
-            raise koji.GenericError("session is already exclusive")
+            raise koji.GenericError("this session is the exclusive one already")
         owner = db.value(
             "SELECT id FROM sessions WHERE user_id = %(user)s AND exclusive AND NOT closed",
             user=session.user_id,
         )
         if owner is not None:
             if not force:
-                raise koji.AuthLockError("Cannot get exclusive session")
+                raise koji.AuthLockError("another session of this user is the exclusive one")
             # Its subsessions stay, and are told that they are locked out.
             db.rows(
                 "UPDATE sessions SET closed = TRUE, exclusive = FALSE WHERE id = %(id)s", id=owner

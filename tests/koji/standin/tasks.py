@@ -190,7 +190,7 @@ def _channel(data: Row, wanted: Any, parent: Row | None) -> int:
         return int(parent["channel_id"])
     if rule[0] == "req" and wanted is not None:
         return _usable_channel(wanted)
-    raise koji.GenericError("invalid channel policy")
+    raise koji.GenericError("the policy for channels names no channel")
 
 
 def _usable_channel(which: Any) -> int:
@@ -295,7 +295,7 @@ class Host:
 
     def verify(self) -> None:
         if not context.session.exclusive:
-            raise koji.AuthError("This method requires an exclusive session")
+            raise koji.AuthError("only a host with an exclusive session may call this")
 
 
 def calling_host() -> int:
