@@ -205,14 +205,7 @@ def _add_build(commands: Any) -> None:
         f" (default: {format_size(settings.max_log_bytes)})",
     )
 
-    machine.add_argument(
-        "--max-disk-size",
-        type=_size,
-        dest="max_disk_bytes",
-        metavar="SIZE",
-        help="what overlay and workspace may take together on this machine's disk"
-        f" (default: {format_size(settings.max_disk_bytes)})",
-    )
+    _add_disk_limit(machine, settings)
 
     shown = parser.add_argument_group("what is shown")
     shown.add_argument(
@@ -377,6 +370,7 @@ def _add_shell(commands: Any) -> None:
     machine = parser.add_argument_group("this machine")
     _add_machine_options(machine, Settings())
     _add_image_limit(machine, Settings())
+    _add_disk_limit(machine, Settings())
 
 
 def _add_doctor(commands: Any) -> None:
@@ -453,6 +447,17 @@ def _add_image_limit(parser: Any, settings: Settings) -> None:
         metavar="SIZE",
         help="virtual size above which an image is refused"
         f" (default: {format_size(settings.max_image_bytes)})",
+    )
+
+
+def _add_disk_limit(parser: Any, settings: Settings) -> None:
+    parser.add_argument(
+        "--max-disk-size",
+        type=_size,
+        dest="max_disk_bytes",
+        metavar="SIZE",
+        help="what overlay and workspace may take together on this machine's disk"
+        f" (default: {format_size(settings.max_disk_bytes)})",
     )
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from .errors import BuilderFault, BuildFailed, UsageError
 from .guestjob import Terminal
 from .machine import Machine
+from .watch import DiskLimit
 
 ESCAPE = b"\x1d"  # Ctrl-], as telnet and `virsh console` have it
 
@@ -49,7 +50,9 @@ def require_terminal(ends: Descriptors) -> Terminal:
     return Terminal(kind, rows=size.lines or 24, columns=size.columns or 80)
 
 
-def relay(machine: Machine, ends: Descriptors, *, boot_seconds: float) -> None:
+def relay(
+    machine: Machine, ends: Descriptors, *, boot_seconds: float, disk_limit: DiskLimit
+) -> None:
     """Connect the terminal with the guest until the guest is off or Ctrl-] is typed.
 
     Until the guest's shell says its first byte the terminal shows the serial console,
@@ -58,7 +61,7 @@ def relay(machine: Machine, ends: Descriptors, *, boot_seconds: float) -> None:
     Raises BuilderFault or BuildFailed when the guest came to another end than power-off.
     """
     with _raw(ends.keyboard), selectors.DefaultSelector() as selector:
-        _Relay(machine, ends, selector, time.monotonic() + boot_seconds).run()
+        _Relay(machine, ends, selector, time.monotonic() + boot_seconds, disk_limit).run()
 
 
 @contextlib.contextmanager
@@ -80,11 +83,13 @@ class _Relay:
         ends: Descriptors,
         selector: selectors.BaseSelector,
         boot_deadline: float,
+        disk_limit: DiskLimit,
     ) -> None:
         self._machine = machine
         self._ends = ends
         self._selector = selector
         self._boot_deadline: float | None = boot_deadline
+        self._disk_limit = disk_limit
         self._has_shell = False
         self._unsent = bytearray()
         self._streams = {machine.console, machine.status, machine.log}
@@ -102,6 +107,7 @@ class _Relay:
                     return
             self._send()
             self._look_at_events()
+            self._disk_limit.look()
             if self._boot_deadline is not None and time.monotonic() > self._boot_deadline:
                 raise BuilderFault(
                     "the guest did not start the shell within the boot deadline",

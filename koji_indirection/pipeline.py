@@ -58,7 +58,7 @@ from .output import LOGS
 from .spec import BuildSpec
 from .template import Template
 from .units import format_size
-from .watch import Deadlines, JobReport, Watch
+from .watch import Deadlines, DiskLimit, JobReport, Watch
 
 log = logging.getLogger(__name__)
 
@@ -259,6 +259,11 @@ class _Guest:
     @property
     def boot_timeout_seconds(self) -> int:
         return self.spec.boot_timeout_seconds or BOOT_TIMEOUT_SECONDS[self.accel.kind]
+
+    def disk_limit(self, domain: Domain) -> DiskLimit:
+        written = [disk.path for disk in domain.disks if not disk.readonly]
+        # And the sockets' directory: the embedded driver keeps qemu's log there.
+        return DiskLimit([self.job.run, *written], self.settings.max_disk_bytes)
 
     def _check_order(self) -> None:
         template = self.order.template
@@ -515,7 +520,12 @@ class _Shell(_Guest):
             domain = self.make(stack)
             self.timeline.enter("boot")
             running = stack.enter_context(machine.start(self.hypervisor, domain))
-            console.relay(running, ends, boot_seconds=self.boot_timeout_seconds)
+            console.relay(
+                running,
+                ends,
+                boot_seconds=self.boot_timeout_seconds,
+                disk_limit=self.disk_limit(domain),
+            )
 
 
 class _Build(_Guest):
@@ -571,9 +581,7 @@ class _Build(_Guest):
                 deadlines=deadlines,
                 job_log=job_log,
                 console_log=console_log,
-                # And the sockets' directory: the embedded driver keeps qemu's log there.
-                disks=[self.job.run, *(disk.path for disk in domain.disks if not disk.readonly)],
-                max_disk_bytes=self.settings.max_disk_bytes,
+                disk_limit=self.disk_limit(domain),
                 on_output=self.progress.guest_output,
                 on_stage=self.timeline.enter,
             )

@@ -110,12 +110,47 @@ class JobReport:
         return last if last is not None and last.status is None else None
 
 
-class Watch:
-    """One pass over one VM; follow() is the whole of it.
+class DiskLimit:
+    """What a VM's disks may take of the host's.
 
-    disks, max_disk_bytes -- the files that the guest's writes go to, directories with all
-        in them too, and how many bytes they may take on the host together.
+    It is the host's word: nothing that a guest says of its disks counts.
+    paths -- the files that the guest's writes go to, and directories with all in them.
+    max_bytes -- of all together; None for no limit.
     """
+
+    def __init__(self, paths: Sequence[Path], max_bytes: int | None) -> None:
+        self._paths = paths
+        self._max_bytes = max_bytes
+        self._measured = 0.0
+
+    def look(self, during: str = "") -> None:
+        """Measure, at most once a second; BuildFailed when it is too much."""
+        now = time.monotonic()
+        if self._max_bytes is None or now - self._measured < _DISK_LOOK_SECONDS:
+            return
+        self._measured = now
+        allocated_bytes = sum(map(_allocated_bytes, self._paths))
+        if allocated_bytes > self._max_bytes:
+            raise BuildFailed(
+                f"the guest's disks take {format_size(allocated_bytes)} of the host's, more than"
+                f" the limit of {format_size(self._max_bytes)}{during}",
+                "write less, or --max-disk-size (max_disk_size on a builder) allows more",
+            )
+
+
+def _allocated_bytes(path: Path) -> int:
+    total = 0
+    for directory, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # libvirt's own files come and go
+                total += Path(directory, name).lstat().st_blocks * 512
+    if path.is_file():
+        total += path.stat().st_blocks * 512
+    return total
+
+
+class Watch:
+    """One pass over one VM; follow() is the whole of it."""
 
     def __init__(
         self,
@@ -126,8 +161,7 @@ class Watch:
         deadlines: Deadlines,
         job_log: BoundedLog,
         console_log: BoundedLog,
-        disks: Sequence[Path] = (),
-        max_disk_bytes: int | None = None,
+        disk_limit: DiskLimit,
         on_output: Callable[[bytes], None],
         on_stage: Callable[[str], None],
     ) -> None:
@@ -138,9 +172,7 @@ class Watch:
         self._deadlines = deadlines
         self._job_log = job_log
         self._console_log = console_log
-        self._disks = disks
-        self._max_disk_bytes = max_disk_bytes
-        self._disks_measured = 0.0
+        self._disk_limit = disk_limit
         self._on_output = on_output
         self._on_stage = on_stage
         self._reports = LineSplitter(_LINE_LIMIT_BYTES)
@@ -194,7 +226,7 @@ class Watch:
                     time.sleep(0.1)  # qemu has closed every stream; its event follows
                 self._look_at_events(gone)
                 self._look_at_the_clock()
-                self._look_at_the_disks()
+                self._disk_limit.look(self._during())
 
     def _enter(self, stage: str) -> float:
         """Go on to the next stage; returns how many seconds the last one took."""
@@ -396,20 +428,6 @@ class Watch:
             log.warning("the guest did not power off within %.0f s; destroying it", age)
             self.report.shutdown_seconds = self._enter("over")
 
-    def _look_at_the_disks(self) -> None:
-        """What they take is the host's word: nothing that a guest says of its disks counts."""
-        now = time.monotonic()
-        if self._max_disk_bytes is None or now - self._disks_measured < _DISK_LOOK_SECONDS:
-            return
-        self._disks_measured = now
-        allocated_bytes = sum(map(_allocated_bytes, self._disks))
-        if allocated_bytes > self._max_disk_bytes:
-            raise BuildFailed(
-                f"the guest's disks take {format_size(allocated_bytes)} of the host's, more than"
-                f" the limit of {format_size(self._max_disk_bytes)}{self._during()}",
-                "write less, or --max-disk-size (max_disk_size on a builder) allows more",
-            )
-
     def _stage_age(self) -> float:
         return time.monotonic() - self._stage_started
 
@@ -425,17 +443,6 @@ class Watch:
         if not lines:
             return "(the guest's console stayed silent)"
         return "\n".join(["the guest's last console lines:", *(f"  {line}" for line in lines)])
-
-
-def _allocated_bytes(path: Path) -> int:
-    total = 0
-    for directory, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # libvirt's own files come and go
-                total += Path(directory, name).lstat().st_blocks * 512
-    if path.is_file():
-        total += path.stat().st_blocks * 512
-    return total
 
 
 def _receive(stream: socket.socket) -> bytes:

@@ -104,7 +104,7 @@ def options_of(name: str) -> list[argparse.Action]:
 # --help
 
 
-@pytest.mark.parametrize("name", ["build", "doctor", "check"])
+@pytest.mark.parametrize("name", ["build", "shell", "doctor", "check"])
 def test_help_lists_every_option_even_on_a_bare_machine(
     name: str, bare_machine: dict[str, str]
 ) -> None:
@@ -117,10 +117,10 @@ def test_help_lists_every_option_even_on_a_bare_machine(
             assert f" {option}" in said.out.partition("]\n\n")[2], option
 
 
-def test_the_main_help_names_the_three_commands() -> None:
+def test_the_main_help_names_the_commands() -> None:
     said = run("--help")
     assert said.status == 0
-    for name in ("build", "doctor", "check"):
+    for name in ("build", "shell", "doctor", "check"):
         assert f"\n    {name} " in said.out
 
 
@@ -203,6 +203,24 @@ def test_a_wrong_value_exits_2_and_makes_no_output_directory(
     assert sentence in said.last_line
     assert "error: " in said.last_line
     assert not output.exists()
+
+
+def test_a_shell_takes_what_a_build_takes_of_guest_and_machine_and_needs_a_terminal(
+    tmp_path: Path, template: Path, image: Path
+) -> None:
+    build, shell = (
+        {option for action in options_of(name) for option in action.option_strings}
+        for name in ("build", "shell")
+    )
+    assert shell <= build
+    assert build - shell == {
+        *("--output", "--force", "--collect-log", "--json", "-v", "--verbose", "-q", "--quiet"),
+        *("--job-timeout", "--command-timeout", "--shutdown-timeout"),
+        *("--max-results", "--max-result-size", "--max-log-size"),
+    }
+    said = run("shell", "--input-image", image, "--template", template)
+    assert (said.status, said.out) == (2, "")
+    assert said.err.startswith("usage error: a shell needs a terminal")
 
 
 def test_a_build_without_a_template_is_refused(

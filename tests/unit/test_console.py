@@ -13,6 +13,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import pytest
 from koji_indirection import console
 from koji_indirection.console import Descriptors
 from koji_indirection.errors import BuilderFault, BuildFailed, IndirectionError, UsageError
+from koji_indirection.watch import DiskLimit
 
 
 class Guest:
@@ -85,11 +87,20 @@ def person() -> Iterator[Person]:
 class Relay(threading.Thread):
     """relay(), running."""
 
-    def __init__(self, guest: Any, person: Person, boot_seconds: float = 60) -> None:
+    def __init__(
+        self,
+        guest: Any,
+        person: Person,
+        boot_seconds: float = 60,
+        disk_limit: DiskLimit | None = None,
+    ) -> None:
         super().__init__(daemon=True)
         self.error: IndirectionError | None = None
         self._call: Callable[[], None] = lambda: console.relay(
-            guest, person.ends, boot_seconds=boot_seconds
+            guest,
+            person.ends,
+            boot_seconds=boot_seconds,
+            disk_limit=disk_limit or DiskLimit([], None),
         )
         self.start()
         while not boot_is_raw(person) and self.is_alive():
@@ -168,6 +179,15 @@ def test_an_end_that_is_no_power_off_is_told(
     assert isinstance(error, kind)
     assert sentence in str(error)
     assert termios.tcgetattr(person.ends.keyboard) == person.settings
+
+
+def test_a_guest_that_takes_too_much_of_the_disk_is_ended(
+    guest: Guest, person: Person, tmp_path: Path
+) -> None:
+    (tmp_path / "workspace.raw").write_bytes(b"x" * 100_000)
+    error = Relay(guest, person, disk_limit=DiskLimit([tmp_path], 50_000)).end()
+    assert isinstance(error, BuildFailed)
+    assert "--max-disk-size" in error.hint
 
 
 def test_a_guest_that_never_starts_a_shell_is_a_fault(guest: Guest, person: Person) -> None:

@@ -20,7 +20,7 @@ import pytest
 from koji_indirection import watch
 from koji_indirection.errors import BuilderFault, BuildFailed, IndirectionError
 from koji_indirection.guestlog import BoundedLog
-from koji_indirection.watch import Deadlines, JobReport, Watch
+from koji_indirection.watch import Deadlines, DiskLimit, JobReport, Watch
 
 MIB = 1024**2
 NAMES = ["mount", "make the image"]
@@ -122,8 +122,7 @@ class Watched:
                 deadlines=deadlines,
                 job_log=job_log,
                 console_log=console_log,
-                disks=self.disks,
-                max_disk_bytes=self.max_disk_bytes,
+                disk_limit=DiskLimit(self.disks, self.max_disk_bytes),
                 on_output=count,
                 on_stage=self.stages.append,
             )
