@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ LAUNCH_TIMEOUT_SECONDS = 180  # under TCG; the first launch on a machine builds 
 CALL_TIMEOUT_SECONDS = 300
 _SLOW_CALL_SECONDS = 0.5
 _FULL_BELOW_BYTES = 64 * 1024
+_STUCK_SECONDS = 5
 _ANSWER_BYTES = 32 * 1024 * 1024  # libguestfs's own messages end at 4 MiB
 _LISTING_BYTES = 64 * 1024
 _ADVICE = re.compile(r" (?:To see full error messages|Do: export LIBGUESTFS)")
@@ -63,10 +64,16 @@ class ApplianceError(BuilderFault):
 
 
 class Appliance:
-    """A launched appliance; call() runs one method of guestfs.GuestFS in it."""
+    """A launched appliance; call() runs one method of guestfs.GuestFS in it.
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+    is_stuck -- asked while an answer is late: whether none can come any more.
+    """
+
+    def __init__(
+        self, child: subprocess.Popen[bytes], *, is_stuck: Callable[[], bool] = lambda: False
+    ) -> None:
         self._child = child
+        self._is_stuck = is_stuck
         self._buffer = b""
         self._dead = ""
 
@@ -129,10 +136,17 @@ class Appliance:
     def _read_line(self, method: str, timeout_seconds: float) -> bytes:
         assert self._child.stdout is not None
         deadline = time.monotonic() + timeout_seconds
+        looks_stuck = 0
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._child.stdout], [], [], left)[0]:
+            if left <= 0:
                 raise self._died(method, f"no answer within {timeout_seconds:.0f} s")
+            wait = min(left, _STUCK_SECONDS)
+            if not select.select([self._child.stdout], [], [], wait)[0]:
+                looks_stuck = looks_stuck + 1 if self._is_stuck() else 0
+                if looks_stuck == 2:
+                    raise self._died(method, "it hangs")
+                continue
             chunk = os.read(self._child.stdout.fileno(), 65536)
             if not chunk:
                 raise self._died(method, "its process has ended")
@@ -167,7 +181,9 @@ def appliance(drives: Sequence[Drive], *, accel_kind: str, job_dir: Path) -> Ite
         start_new_session=True,
     )
     try:
-        running = Appliance(child)
+        # qemu stops a VM whose disk it cannot write, and says so to nobody.
+        written = any(not drive.readonly for drive in drives)
+        running = Appliance(child, is_stuck=lambda: written and _is_full(job_dir))
         running.call("__setup__", **setup)
         running.call("launch", timeout_seconds=LAUNCH_TIMEOUT_SECONDS)
         yield running
@@ -175,7 +191,7 @@ def appliance(drives: Sequence[Drive], *, accel_kind: str, job_dir: Path) -> Ite
         running.call("shutdown")
     except ApplianceError as error:
         # To what runs in the appliance a full disk of the host is an I/O error, or nothing at all.
-        if shutil.disk_usage(job_dir).free < _FULL_BELOW_BYTES:
+        if _is_full(job_dir):
             raise BuilderFault(
                 f"no space left in {job_dir.parent}: {error.message}",
                 "free some, or name another directory with --work-dir",
@@ -189,6 +205,10 @@ def appliance(drives: Sequence[Drive], *, accel_kind: str, job_dir: Path) -> Ite
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+def _is_full(directory: Path) -> bool:
+    return shutil.disk_usage(directory).free < _FULL_BELOW_BYTES
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:

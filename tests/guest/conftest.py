@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -216,8 +217,13 @@ class RunningBuild:
 class Builder:
     """Runs builds below the test's own directory, and knows what they may leave behind."""
 
-    def __init__(self, directory: Path, default_image: Path) -> None:
-        self.work = directory / "work"
+    def __init__(
+        self, directory: Path, default_image: Path, public: Path = Path("/var/tmp")
+    ) -> None:
+        # Where qemu's own user can get to, as in /var/tmp; pytest's directories are private.
+        self._public = Path(tempfile.mkdtemp(prefix="ki-test-", dir=public))
+        self._public.chmod(0o711)
+        self.work = self._public / "work"
         self.directory = directory
         self._default_image = default_image
         self._started: list[RunningBuild] = []
@@ -229,11 +235,16 @@ class Builder:
         input_image: Path | None = None,
         utility_image: Path | None = None,
         output: Path | None = None,
+        runner: str | None = None,
     ) -> RunningBuild:
-        """Start a build; without images the tiny one is both input and utility."""
+        """Start a build; without images the tiny one is both input and utility.
+
+        runner -- Python text that runs the command line instead of the command.
+        """
         scratch = self.directory / f"build-{len(self._started) + 1}"
         scratch.mkdir()
-        argv: list[object] = [COMMAND, "build", "--template", _template(commands, scratch)]
+        argv: list[object] = [COMMAND] if runner is None else [sys.executable, "-c", runner]
+        argv += ["build", "--template", _template(commands, scratch)]
         argv += ["--input-image", input_image or self._default_image]
         if utility_image is not None:
             argv += ["--utility-image", utility_image]
@@ -280,6 +291,9 @@ class Builder:
             found += _strangers_in(running.output)
         return found
 
+    def remove(self) -> None:
+        shutil.rmtree(self._public, ignore_errors=True)
+
     def stop_all(self) -> None:
         for running in self._started:
             if running.process.poll() is None:
@@ -319,7 +333,7 @@ def _strangers_in(output: Path) -> Iterable[str]:
             yield from (str(path) for path in directory.iterdir() if path.name not in names)
 
 
-def _run_directories() -> set[Path]:
+def unused_run_directories() -> set[Path]:
     """Socket directories of builds that no running process names."""
     commands = " ".join(command for _, command in _command_lines())
     return {path for path in Path("/tmp").glob("ki-*") if str(path) not in commands}
@@ -327,7 +341,7 @@ def _run_directories() -> set[Path]:
 
 @pytest.fixture(autouse=True)
 def build(tmp_path: Path, tiny_image: Path) -> Iterator[Builder]:
-    before = _run_directories()
+    before = unused_run_directories()
     builder = Builder(tmp_path, tiny_image)
     try:
         yield builder
@@ -335,11 +349,12 @@ def build(tmp_path: Path, tiny_image: Path) -> Iterator[Builder]:
         builder.stop_all()
 
     def leftovers() -> list[str]:
-        return builder.leftovers() + [str(path) for path in _run_directories() - before]
+        return builder.leftovers() + [str(path) for path in unused_run_directories() - before]
 
     deadline = time.monotonic() + 3
     while leftovers() and time.monotonic() < deadline:
         time.sleep(0.2)  # a killed process may take a moment to vanish
     left = leftovers()
+    builder.remove()
     shutil.rmtree(tmp_path, ignore_errors=True)  # images are large, and pytest keeps directories
     assert not left, f"left behind: {left}"

@@ -218,16 +218,14 @@ def test_a_full_output_directory_is_a_fault_and_leaves_no_half_result(
         assert sorted(path.name for path in built.output.iterdir()) == ["logs", "manifest.json"]
 
 
-def test_a_full_work_directory_is_a_fault(build: Builder, tmp_path: Path) -> None:
-    with mounted_tmpfs(tmp_path / "work", "16M") as work:
+def test_a_full_work_directory_is_a_fault(build: Builder) -> None:
+    with mounted_tmpfs(build.work, "16M") as work:
         build([("never", "true")]).failed("no space left .*", status=3)
         assert not list(work.iterdir())
 
 
-def test_a_work_directory_that_fills_up_during_the_job_is_a_fault(
-    build: Builder, tmp_path: Path
-) -> None:
-    with mounted_tmpfs(tmp_path / "work", "96M") as work:
+def test_a_work_directory_that_fills_up_during_the_job_is_a_fault(build: Builder) -> None:
+    with mounted_tmpfs(build.work, "96M") as work:
         built = build([MOUNT, ("fill", "dd if=/dev/urandom of=/mnt/fill bs=1M count=400; sync")])
         built.failed("no space left in the work directory", status=3)
         assert not list(work.iterdir())

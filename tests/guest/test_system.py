@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -64,6 +67,8 @@ def system_uri() -> Iterator[str]:
         wait_until(socket.exists, 30, f"libvirtd's socket; see {directory}")
         yield f"qemu:///system?socket={socket}"
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(daemon.pid, signal.SIGCONT)
         daemon.terminate()
         daemon.wait(30)
         shutil.rmtree(directory, ignore_errors=True)
@@ -107,3 +112,21 @@ def test_a_build_through_libvirtd_copies_what_qemus_user_cannot_read_and_dies_wi
     wait_until(build.qemu, 20, "the VM runs")
     running.kill()
     wait_until(lambda: not build.leftovers(), 10, "AUTODESTROY")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
+def test_a_libvirtd_that_is_killed_or_hangs_is_a_fault_and_takes_the_vm_with_it(
+    build: Builder, system_uri: str, open_work: Path, number: int
+) -> None:
+    """Killed, it ends no VM any more, AUTODESTROY or not."""
+    daemon = int((Path(system_uri.partition("=")[2]).parents[1] / "pid").read_text())
+    running = build.start(
+        [("hang", "sleep 3600")], *("--connect", system_uri, "--accel", "tcg")
+    )  # fmt: skip
+    running.wait_for("command 1 of 1: hang")
+    assert build.qemu() is not None
+    os.kill(daemon, number)
+    running.finish(90).failed(
+        "libvirtd ended, or does not answer any more, during command 'hang'", status=3
+    )
+    assert not build.qemu()

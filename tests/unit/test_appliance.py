@@ -47,6 +47,18 @@ def test_a_call_that_is_not_answered_is_given_up_and_the_process_killed(start: S
         one.call("ls", "/")
 
 
+def test_a_call_that_can_have_no_answer_is_not_waited_for(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(appliance, "_STUCK_SECONDS", 0.1)
+    one = start("import time; time.sleep(300)")
+    said = iter([True, False, True, True])  # a disk may be full for a moment
+    one._is_stuck = lambda: next(said)
+    with pytest.raises(ApplianceError, match="could not tar_in: it hangs"):
+        one.call("tar_in", "x", "/")
+    assert list(said) == []
+
+
 def test_an_answer_without_end_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(appliance, "_ANSWER_BYTES", 1_000_000)
     one = start("import sys\nwhile True: sys.stdout.write('x' * 65536)")
