@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import resource
+import secrets
 import select
 import shutil
 import signal
@@ -26,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from . import programs
 from .errors import BuilderFault
 from .jobdir import python_environment
 
@@ -166,6 +168,36 @@ def appliance(drives: Sequence[Drive], *, accel_kind: str, job_dir: Path) -> Ite
         find out for itself: it believes a /dev/kvm on which guests hang.
     job_dir -- holds libguestfs's temporary files, and names the child for the watchdog.
     """
+    with contextlib.ExitStack() as stack:
+        writable = [
+            stack.enter_context(_read_through(drive, job_dir)) if drive.readonly else drive
+            for drive in drives
+        ]
+        is_written = any(not drive.readonly for drive in drives)
+        yield stack.enter_context(_launched(writable, is_written, accel_kind, job_dir))
+
+
+@contextlib.contextmanager
+def _read_through(drive: Drive, job_dir: Path) -> Iterator[Drive]:
+    """A throw-away overlay on a disk that must not be written to.
+
+    Not libguestfs's own: over a read-only drive it (1.48) puts a qcow2 and names no format above
+    that, so that qemu guesses what the content of the disk is. A guest that has written a qcow2
+    header into its raw disk would have the host open any file that it names.
+    """
+    overlay = job_dir / f"read-{secrets.token_hex(4)}.qcow2"
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", drive.format, "-b", drive.path]
+    try:
+        programs.run([*argv, str(overlay)], timeout_seconds=60, limits=programs.Limits())
+        yield Drive(str(overlay), "qcow2", readonly=False)
+    finally:
+        overlay.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _launched(
+    drives: Sequence[Drive], is_written: bool, accel_kind: str, job_dir: Path
+) -> Iterator[Appliance]:
     setup: dict[str, Any] = {
         "drives": [asdict(drive) for drive in drives],
         "force_tcg": accel_kind == "tcg",
@@ -182,8 +214,7 @@ def appliance(drives: Sequence[Drive], *, accel_kind: str, job_dir: Path) -> Ite
     )
     try:
         # qemu stops a VM whose disk it cannot write, and says so to nobody.
-        written = any(not drive.readonly for drive in drives)
-        running = Appliance(child, is_stuck=lambda: written and _is_full(job_dir))
+        running = Appliance(child, is_stuck=lambda: is_written and _is_full(job_dir))
         running.call("__setup__", **setup)
         running.call("launch", timeout_seconds=LAUNCH_TIMEOUT_SECONDS)
         yield running
@@ -257,7 +288,7 @@ def _perform(guest: Any, method: str, args: list[Any], kwargs: dict[str, Any]) -
         guest.set_network(False)
         guest.set_append("quiet loglevel=1")
         for drive in kwargs["drives"]:
-            guest.add_drive_opts(drive["path"], format=drive["format"], readonly=drive["readonly"])
+            guest.add_drive_opts(drive["path"], format=drive["format"])
         return None
     if method == "download":
         with _file_size_limit(kwargs.pop("limit")):

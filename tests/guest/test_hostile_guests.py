@@ -243,11 +243,8 @@ def test_an_image_that_a_guest_has_written_into_its_disks_is_never_taken_for_one
             [("headers", write), MOUNT, ("make", RESULT)], *("--collect-log", "/var/log/*")
         )
     assert opened == [False]
-    assert "] collect" in built.stderr, "both disks were opened again"
-    if built.status:  # the headers may have cost the disks their partition tables
-        built.failed("the guest left the workspace unreadable: ")
-    else:
-        assert (built.output / "boot.iso").read_text() == "made\n"
+    built.succeeded()
+    assert (built.output / "boot.iso").read_text() == "made\n"
 
 
 # Isolation

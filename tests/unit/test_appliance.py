@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from koji_indirection import appliance
-from koji_indirection.appliance import Appliance, ApplianceError
+from koji_indirection.appliance import Appliance, ApplianceError, Drive
 
 Start = Callable[[str], Appliance]
 
@@ -109,3 +111,35 @@ def test_of_millions_of_names_some_thousands_are_read(
     assert names == [f"name-{index:07}" for index in range(len(names))]
     assert len(names) == number if complete else 1000 < len(names) < 10_000
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_only_read_is_read_through_an_overlay_that_names_its_format(
+    tmp_path: Path,
+) -> None:
+    """libguestfs is never asked for a read-only drive: qemu would guess what is in it."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(b"QFI\xfb" + bytes(1024**2 - 4))
+    with appliance._read_through(Drive(str(disk), "raw", readonly=True), tmp_path) as drive:
+        assert (drive.format, drive.readonly) == ("qcow2", False)
+        said = subprocess.run(
+            ["qemu-img", "info", "--output=json", "-f", "qcow2", drive.path],
+            capture_output=True,
+            check=True,
+        ).stdout
+        info = json.loads(said)
+        assert info["backing-filename"] == str(disk)
+        assert info["backing-filename-format"] == "raw"
+        assert info["virtual-size"] == 1024**2
+    assert list(tmp_path.iterdir()) == [disk]
+
+    asked: list[tuple[str, dict[str, str]]] = []
+    guest = SimpleNamespace(
+        **dict.fromkeys(
+            ["set_backend", "set_backend_settings", "set_tmpdir", "set_network", "set_append"],
+            lambda _value: None,
+        ),
+        add_drive_opts=lambda path, **options: asked.append((path, options)),
+    )
+    drives = [{"path": "/x", "format": "raw", "readonly": True}]
+    appliance._perform(guest, "__setup__", [], {"drives": drives, "force_tcg": True, "tmpdir": "/"})
+    assert asked == [("/x", {"format": "raw"})]
