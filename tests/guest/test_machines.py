@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from .conftest import RESULT, Builder, special_image
+from .conftest import RESULT, Builder, raw_copy, run, special_image
 
 DEBIAN = ("--memory", "768M", "--boot-timeout", "8m")
 FIRMWARE = """
@@ -41,6 +42,26 @@ def test_secure_boot_starts_what_is_signed(build: Builder, tiny_image: Path) -> 
         utility_image=special_image("uefi"),
     ).succeeded()
     assert "secure boot:    1\n" in built.log("job.log")
+
+
+def test_secure_boot_refuses_what_is_not_signed_for_it(
+    build: Builder, tiny_image: Path, tmp_path: Path
+) -> None:
+    disk = raw_copy(special_image("uefi"), tmp_path / "uefi.raw")
+    table = json.loads(run("sfdisk", "--json", disk))["partitiontable"]
+    esp = f"{disk}@@{table['partitions'][1]['start'] * 512}"
+    # GRUB is signed with a key that only the loader before it knows.
+    grub = tmp_path / "grub.efi"
+    run("mcopy", "-i", esp, "::/EFI/BOOT/grubx64.efi", grub)
+    run("mcopy", "-o", "-i", esp, grub, "::/EFI/BOOT/BOOTX64.EFI")
+    build(
+        [("result", RESULT)],
+        *DEBIAN,
+        "--secure-boot",
+        seconds=900,
+        input_image=tiny_image,
+        utility_image=disk,
+    ).failed("Secure Boot refused the boot loader of the utility image")
 
 
 def test_an_image_without_a_way_to_boot_as_asked_is_refused(
