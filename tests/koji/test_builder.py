@@ -759,11 +759,12 @@ def test_a_builder_that_starts_removes_what_a_crash_has_left(koji: AnyKoji, subm
     for pid in koji.builder_pids():  # the watchdogs too: as if the power had failed
         os.kill(pid, signal.SIGKILL)
     koji.admin_session().cancelTask(task_id)
-    left = [path for path in (*directories, *runs_of(koji)) if path.exists()]
+    runs = runs_of(koji)
+    left = [path for path in (*directories, *runs) if path.exists()]
     assert len(left) >= 3
     koji.builder_start(plugin_conf=builder_conf(koji))
-    deadline = time.monotonic() + 30
-    while any(path.exists() for path in left) or not told_by_kojid(koji, str(left[0])):
+    deadline = time.monotonic() + 60
+    while any(path.exists() for path in left) or not told_by_kojid(koji, str(runs[0])):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
     assert qemu_of(koji) == []

@@ -17,7 +17,7 @@ import libvirt  # what a build has in memory besides
 from koji_indirection import pipeline
 from koji_indirection.display import Display
 from koji_indirection.guestlog import BoundedLog
-from koji_indirection.watch import Deadlines, Watch
+from koji_indirection.watch import Deadlines, DiskLimit, Watch
 
 MIB = 1024**2
 directory = Path(sys.argv[1])
@@ -48,6 +48,8 @@ def flood(machine):
 
 machine = Machine()
 if os.fork() == 0:
+    for stream in (machine.status, machine.log, machine.console):
+        stream.close()  # or it would never learn that nobody reads any more
     flood(machine)
     os._exit(0)
 for stream in (machine.guest_status, machine.guest_log, machine.guest_console):
@@ -62,6 +64,7 @@ with (
         machine,
         command_names=["flood"],
         deadlines=Deadlines(boot=300, job=900, command=None, shutdown=300),
+        disk_limit=DiskLimit((), MIB),
         job_log=job_log,
         console_log=console_log,
         on_output=display.guest_output,
