@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from koji_indirection import imagefile, template, watch
 from koji_indirection.errors import IndirectionError
 from koji_indirection.guestlog import BoundedLog
-from koji_indirection.watch import Deadlines, Watch
+from koji_indirection.watch import Deadlines, DiskLimit, Watch
 
 EXAMPLES = int(os.environ.get("KOJI_INDIRECTION_FUZZ_EXAMPLES") or 0)
 MIB = 1024**2
@@ -139,6 +139,7 @@ def test_any_reports_make_an_end_that_can_be_recorded(
             console_log=console_log,
             on_output=lambda data: None,
             on_stage=lambda stage: None,
+            disk_limit=DiskLimit((), None),
         )
         thread.start()
         try:

@@ -798,7 +798,8 @@ def test_a_server_that_ignores_ranges_and_always_cuts_is_given_up(
     server.plan = [ignoring_range(cut_at(end)) for end in (300_000, 200_000) * 25]
     with pytest.raises(BuilderFault, match=r"a.raw of a-1-1 cannot be fetched from http"):
         get(server, make_source(server), cache)
-    assert len(server.seen) == 2 + FAST.retries
+    # A connection that is cut may lose the end of what was sent, which then is new once more.
+    assert 2 + FAST.retries <= len(server.seen) < 25
     assert left(cache) == []
 
 
