@@ -131,11 +131,6 @@ def test_a_disk_without_an_operating_system_is_refused(build: Builder, tiny_raw:
     )
 
 
-def test_a_guest_without_systemd_and_rc_local_is_refused(build: Builder, tiny_raw: Path) -> None:
-    change_root(tiny_raw, "rm /etc/init.d/rcS")
-    build([("never", "true")], input_image=tiny_raw).failed("has neither systemd nor an /etc/rc")
-
-
 def test_one_image_cannot_be_the_system_and_the_input_device(build: Builder) -> None:
     built = build([("never", "true")], "--input-device", "vdc")
     assert built.status == 2
