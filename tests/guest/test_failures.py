@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Builder, change_root, mounted_tmpfs, replace_in_root, wait_until
+from .conftest import Builder, mounted_tmpfs, replace_in_root, wait_until
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MOUNT = ("mount", "mount /dev/vdb1 /mnt && mkdir -p /mnt/results/images")
