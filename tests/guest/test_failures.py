@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Builder, change_root, mounted_tmpfs, replace_in_root, wait_until
+from .conftest import Builder, mounted_tmpfs, replace_in_root, wait_until
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MOUNT = ("mount", "mount /dev/vdb1 /mnt && mkdir -p /mnt/results/images")
@@ -129,11 +129,6 @@ def test_a_disk_without_an_operating_system_is_refused(build: Builder, tiny_raw:
     build([("never", "true")], input_image=tiny_raw).failed(
         r"holds no operating system; file systems found: /dev/sda1 \(ext4\)"
     )
-
-
-def test_a_guest_without_systemd_and_rc_local_is_refused(build: Builder, tiny_raw: Path) -> None:
-    change_root(tiny_raw, "rm /etc/init.d/rcS")
-    build([("never", "true")], input_image=tiny_raw).failed("has neither systemd nor an /etc/rc")
 
 
 def test_one_image_cannot_be_the_system_and_the_input_device(build: Builder) -> None:
