@@ -753,8 +753,8 @@ def test_what_cannot_be_replayed_is_told(hub: AnyKoji, tiny: str, tmp_path: Path
 
     assert "there is no task 2000000000" in refused(2000000000)
     admin = hub.admin_session()
-    other = admin.newRepo("images-build")
-    assert f"task {other} is a newRepo task, and no indirection build" in refused(other)
+    other = admin.makeTask("sleep", [0])
+    assert f"task {other} is a sleep task, and no indirection build" in refused(other)
     admin.cancelTask(other)
 
     def canceled(*arguments: object) -> int:

@@ -18,7 +18,12 @@ import koji.daemon
 import koji.plugin
 import koji.tasks
 
+from koji_indirection import kojibuild, sweep
+
 from .etc import covered
+
+# What our plugin gives the name of its configuration file.
+READERS = ((kojibuild, "task_settings"), (kojibuild, "runs_directory"), (sweep, "start"))
 
 log = logging.getLogger("standin.builder")
 
@@ -125,7 +130,7 @@ def main() -> None:
     session = koji.ClientSession(options.server, {name: options[name] for name in SESSION})
     session.login()
     session.exclusiveSession(force=True)
-    with covered(arguments.etc):
+    with covered(arguments.etc, *READERS):
         work(options, session)
 
 

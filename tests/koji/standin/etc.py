@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import koji
 
 
 @contextmanager
-def covered(etc: Path) -> Iterator[None]:
-    """In this process koji.read_config_files() finds /etc/NAME as etc/NAME."""
-    real = koji.read_config_files
+def covered(etc: Path, *readers: tuple[Any, str]) -> Iterator[None]:
+    """In this process koji.read_config_files() finds /etc/NAME as etc/NAME.
+
+    readers -- and so does what else is told a file's name by its first argument: its owner and
+        its name there.
+    """
 
     def elsewhere(name: Any) -> Any:
         if isinstance(name, (list, tuple)):
             return [elsewhere(one) for one in name]
         path = Path(name)
-        return str(etc / path.relative_to("/etc")) if path.is_relative_to("/etc") else name
+        return type(name)(etc / path.relative_to("/etc")) if path.is_relative_to("/etc") else name
 
-    def read(config_files: Any, *args: Any, **options: Any) -> Any:
-        return real(elsewhere(config_files), *args, **options)
+    def reading(real: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda name, *args, **options: real(elsewhere(name), *args, **options)
 
-    koji.read_config_files = read
-    try:
+    with ExitStack() as stack:
+        for owner, name in ((koji, "read_config_files"), *readers):
+            stack.enter_context(patch.object(owner, name, reading(getattr(owner, name))))
         yield
-    finally:
-        koji.read_config_files = real

@@ -273,6 +273,10 @@ class RecordCalls:
         config["config_inheritance"] = {"extra": {}, "arches": None}
         return config
 
+    def getRepo(self, tag: Any, **unused: Any) -> None:
+        """There are none: nothing here makes repositories."""
+        get_tag(tag, strict=True)
+
     def getFullInheritance(self, tag: Any, **unused: Any) -> list[Row]:
         start = get_tag(tag, strict=True)
         assert start is not None
