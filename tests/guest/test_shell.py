@@ -144,15 +144,17 @@ def test_a_shell_in_debian_has_job_control_and_its_terminal_for_itself(
     options = ("--utility-image", str(utility_image), "--memory", "1G", "--boot-timeout", "5m")
     with shell(build, tiny_image, tmp_path, *options) as running:
         running.wait_for("Ctrl-] ends it at once")
-        assert running.ask("tty; systemctl is-active serial-getty@hvc0 || true") == (
-            "/dev/hvc0\r\ninactive\r\n"
-        )
-        running.type("cat; echo stopped=$?\n")
+        running.type("tty; systemctl is-active serial-getty@hvc0\n")
+        running.wait_for("/dev/hvc0\r\ninactive\r\n", 60)
+        running.type("sh -c 'echo ready; exec cat'\n")
+        running.wait_for("ready\r\n", 60)
         running.type("anybody\n")
         running.wait_for("anybody\r\nanybody\r\n", 60)
         running.type("\x03")  # Ctrl-C is the guest's
         running.wait_for("^C", 60)
-        running.type("cat\n\x1a")
+        running.type("sh -c 'echo ready; exec cat'\n")
+        running.wait_for("ready\r\n", 60)
+        running.type("\x1a")
         running.wait_for("Stopped", 60)
         assert "Stopped" in running.ask("jobs")
         running.type("poweroff -f\n")
