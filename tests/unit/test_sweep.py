@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def orphan(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     argv = ["qemu-system-x86_64", "-c", "import time; time.sleep(60)"]
     disk = tmp_path / "work" / DEAD_JOB / "utility-overlay.qcow2"
     with subprocess.Popen([*argv, str(disk)], executable=sys.executable) as process:
+        # Popen returns a moment before the kernel shows the new command line.
+        while disk.name not in Path(f"/proc/{process.pid}/cmdline").read_text():
+            time.sleep(0.01)
         yield process
         process.kill()
 
