@@ -314,7 +314,7 @@ def _what_is_there(appliance: Appliance, pattern: str) -> str:
             if directory == "/":
                 return f"the workspace cannot be listed: {printable(error.reason, 200)}"
             directory = posixpath.dirname(directory)
-    shown = ", ".join(printable(name, 100) for name in names[:_LISTED_NAMES])
+    shown = ", ".join(printable(name, 100) for name in sorted(names)[:_LISTED_NAMES])
     more = f" and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
     more = more if complete else " and thousands more"
     return f"{directory} holds {shown or 'nothing'}{more}"
