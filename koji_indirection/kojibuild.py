@@ -944,7 +944,7 @@ def move_to_scratch_again(daemon: Daemon, entries: Sequence[Mapping[str, Any]]) 
     try:
         daemon.session.host.moveImageBuildToScratch(daemon.task_id, results)
     except Exception as error:
-        if "Destination exists" not in str(error):
+        if "exists" not in str(error):
             raise
         log.info("its files have been moved: %s", error)
     return [name for entry in results.values() for name in entry["files"]]

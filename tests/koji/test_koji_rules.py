@@ -294,6 +294,21 @@ def test_an_entry_without_a_task_id_is_passed_over(host: Any, complete: Callable
     assert host.listArchives(build["id"]) == []
 
 
+def test_files_of_a_scratch_build_are_moved_once(
+    hub: AnyKoji, host: Any, task: int, tmp_path: Path
+) -> None:
+    import koji
+
+    (tmp_path / "boot.iso").write_text("an iso\n")
+    upload(host, task_directory(task), tmp_path / "boot.iso")
+    entry = {"task_id": task, "arch": "x86_64", "files": ["boot.iso"], "logs": [], "rpmlist": []}
+    host.host.moveImageBuildToScratch(task, {"1": entry})
+    assert len(list((hub.topdir / "scratch").rglob(f"task_{task}/boot.iso"))) == 1
+    # The plugin tells by this word that an earlier run of its task has moved them.
+    with pytest.raises(koji.GenericError, match="exists"):
+        host.host.moveImageBuildToScratch(task, {"1": entry})
+
+
 def test_a_file_of_no_known_type_leaves_the_build_as_it_was(
     hub: AnyKoji, host: Any, task: int, complete: Callable[..., Any]
 ) -> None:

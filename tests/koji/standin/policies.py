@@ -176,6 +176,15 @@ def assert_policy(name: str, data: Data, default: str = "deny", force: bool = Fa
     check_policy(name, data, default, strict=True, force=force)
 
 
+def eval_policy(name: str, data: Data) -> str | None:
+    """The action of its first rule that matches, with all that follows the action."""
+    rules = context.policy.get(name)
+    if rules is None:
+        raise koji.GenericError(f"there is no policy {name}")
+    said: str | None = rules.apply(data)
+    return said
+
+
 def task_policy_data(method: str, arglist: Any) -> Data:
     """What the parameters of a task tell a policy, if they can be named at all."""
     try:

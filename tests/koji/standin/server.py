@@ -53,6 +53,9 @@ class RootCalls(SessionCalls, RecordCalls, TaskCalls, BuildCalls, FileCalls):
     def hello(self, *args: Any) -> str:
         return "Hello World"
 
+    def evalPolicy(self, name: str, data: Any) -> str | None:
+        return policies.eval_policy(name, data)
+
 
 class HostCalls(TaskHostCalls, BuildHostCalls):
     """All of host.*"""
