@@ -49,7 +49,8 @@ EXAMPLES ?= 5000
 demo: setup $(IMAGES)/utility.qcow2 $(IMAGES)/input.qcow2
 	PATH="$(abspath $(BIN)):$$PATH" examples/demo $(IMAGES) $(DEMO)
 
-test: lint images
+test: lint
+	$(MAKE) --jobs=2 images
 	$(BIN)/pytest tests/unit -n 2
 	$(BIN)/pytest tests/guest -n 2
 	$(BIN)/pytest tests/koji -m 'not real_koji' -n 2 --dist loadfile

@@ -98,11 +98,11 @@ def builder_conf(koji: AnyKoji, more: str = "", cache: str = "builder-cache") ->
 
 @pytest.fixture
 def submit(koji: AnyKoji) -> Iterator[Submit]:
-    """Make a task, of an SCM template unless it is a scratch build; it is cancelled afterwards."""
+    """Make a task, of an SCM template unless that is uploaded; it is cancelled afterwards."""
     session = koji.admin_session()
     made = []
 
-    def submit(*commands: str, **fields: Any) -> int:
+    def submit(*commands: str, uploaded: bool = False, **fields: Any) -> int:
         spec = {
             "target": "images",
             "name": NAME,
@@ -115,7 +115,7 @@ def submit(koji: AnyKoji) -> Iterator[Submit]:
             **fields,
         }
         spec["build"] = {**SMALL, **fields.get("build", {})}
-        if spec["scratch"]:
+        if uploaded or spec["scratch"]:
             spec["template_upload"] = upload(session, template(commands), koji)
         else:
             spec.setdefault("template_scm", repository(koji, template(commands)))
@@ -343,7 +343,7 @@ def test_a_scratch_build_leaves_its_files_and_no_build(koji: AnyKoji, submit: Su
 
 
 def test_a_command_that_fails_fails_task_and_build_and_keeps_the_logs(
-    koji: AnyKoji, submit: Submit
+    koji: AnyKoji, submit: Submit, tmp_path: Path
 ) -> None:
     task_id = submit("echo about to fail; exit 3")
     koji.wait_task(task_id, 300)
@@ -354,6 +354,20 @@ def test_a_command_that_fails_fails_task_and_build_and_keeps_the_logs(
     assert "about to fail" in koji.task_log(task_id, "job.log")
     (manifest,) = (name for name in koji.task_files(task_id) if name.endswith("manifest.json"))
     assert json.loads(koji.task_log(task_id, manifest))["outcome"] == "build failed"
+
+    options = {
+        "output": tmp_path / "out",
+        "work-dir": tmp_path / "work",
+        "cache-dir": koji.work / "cli-cache",
+    }
+    replayed = koji.cli(
+        *("indirection-replay", task_id, *(f"--{name}={path}" for name, path in options.items())),
+        user="nobody",
+        timeout_seconds=600,
+    )
+    assert replayed.returncode == 1
+    assert replayed.stderr.splitlines()[-1] == fault
+    assert "about to fail" in (tmp_path / "out/logs/job.log").read_text()
 
 
 def test_a_missing_result_fails_the_build(koji: AnyKoji, submit: Submit) -> None:
@@ -668,7 +682,7 @@ def test_a_task_that_runs_again_with_a_complete_build_does_what_is_left_to_do(
     from harness.base import HOST
 
     session = koji.admin_session()
-    task_id = submit("echo running; sleep 5", MAKE_ISO)
+    task_id = submit("echo running; sleep 5", MAKE_ISO, uploaded=True)  # some hub's policy lets it
     wait_for_log(koji, task_id, "job.log", "running")
     session.disableHost(HOST)  # it goes on with what it has, and takes no task that tags
     try:
@@ -691,6 +705,7 @@ def test_a_task_that_runs_again_with_a_complete_build_does_what_is_left_to_do(
     assert state_of(koji, task_id) == ("CLOSED", "COMPLETE")
     assert build_of(koji, task_id)["id"] == build["id"]
     assert build_of(koji, task_id)["completion_time"] == build["completion_time"]
+    assert "template_commit" not in build["extra"]["indirection"]
     assert [tag["name"] for tag in session.listTags(build["nvr"])] == ["images-candidate"]
     (iso,) = (
         one for one in session.listArchives(buildID=build["id"]) if one["filename"].endswith(".iso")
