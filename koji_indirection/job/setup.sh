@@ -247,7 +247,7 @@ declared_repositories() {
             install_file "$stem.apt-conf" "$ROOT/etc/apt/apt.conf.d/90$id" "$life"
         echo "repository $name:"
         refresh "$id" ||
-            fail "repository '$name' cannot be used: $(complaint 'Could not resolve' 'Could not connect' 'Curl error' 'Status code' 'Error message' 'on medium' 't be determined' 'Failed to fetch' '^W: ')"
+            fail "repository '$name' cannot be used: $(complaint 'Could not resolve' 'Could not connect' 'Error message' 'Curl error' 'Status code' 'on medium' 't be determined' 'Failed to fetch' '^W: ')"
     done
 }
 

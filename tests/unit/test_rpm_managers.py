@@ -10,9 +10,11 @@ import functools
 import http.server
 import re
 import shutil
+import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,7 @@ REAL = {
     # It runs programs of its own, and rpm.
     "zypper": 'PATH=/usr/sbin:/usr/bin:/sbin:/bin exec /usr/bin/zypper --root {root} "$@"',
 }
+COMMANDS = (Command("one", "true"),)
 NEEDED = ("dnf", "zypper", "rpmbuild", "createrepo_c")
 
 
@@ -67,19 +70,31 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return repository
 
 
-@pytest.fixture
-def address(repository: Path) -> Iterator[str]:
+@contextmanager
+def served(directory: Path, certificate: Path | None = None) -> Iterator[str]:
+    """Host and port where the directory is, over HTTP or HTTPS."""
+
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_args: object) -> None:
             pass
 
-    handler = functools.partial(Quiet, directory=str(repository))
+    handler = functools.partial(Quiet, directory=str(directory))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        yield f"127.0.0.1:{server.server_address[1]}"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def address(repository: Path) -> Iterator[str]:
+    with served(repository) as host:
+        yield f"http://{host}/"
 
 
 @pytest.fixture(params=list(REAL))
@@ -97,7 +112,7 @@ def guest(kind: str, tmp_path: Path) -> Guest:
 
 def job(url: str, *packages: str, **fields: object) -> GuestJob:
     return GuestJob(
-        (Command("one", "true"),),
+        COMMANDS,
         network="user",
         repositories=(Repository("the tools", url, persisted=False),),
         packages=tuple(Package(name) for name in packages),
@@ -153,6 +168,26 @@ def test_a_repository_without_metadata_is_named(guest: Guest, address: str) -> N
     assert re.match(f"repository 'the tools' cannot be used: {why}", failed.reason), failed.output
 
 
+def test_a_certificate_is_checked_only_where_the_template_says_so(
+    guest: Guest, repository: Path, tmp_path: Path
+) -> None:
+    certificate = tmp_path / "server.pem"
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-batch"]
+    new += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    new += ["-keyout", str(certificate), "-out", str(tmp_path / "server.crt")]
+    subprocess.run(new, check=True, capture_output=True)
+    with certificate.open("a") as file:
+        file.write((tmp_path / "server.crt").read_text())
+    with served(repository, certificate) as host:
+        believed = guest.run("repositories", job(f"https://{host}/"))
+        assert believed.status == 0, believed.output
+        checked = Repository("checked", f"https://{host}/", sslverify=True)
+        refused = guest.run("repositories", GuestJob(COMMANDS, repositories=(checked,)))
+    assert refused.status == 1
+    why = "repository 'checked' cannot be used: .*certificate"
+    assert re.match(why, refused.reason), refused.output
+
+
 def test_packages_are_installed_from_the_media_alone(guest: Guest, repository: Path) -> None:
     shutil.copytree(repository, guest.media / "AppStream")
     # The guest's own repository cannot be reached, and is not asked.
@@ -160,9 +195,7 @@ def test_packages_are_installed_from_the_media_alone(guest: Guest, repository: P
     kind = "dnf" if (guest.bin / "dnf").exists() else "zypper"
     own = "[own]\nname=own\nbaseurl=http://127.0.0.1:1/\nenabled=1\ngpgcheck=0\n"
     guest.write(f"/etc/{path[kind]}/own.repo", own)
-    wanted = GuestJob(
-        (Command("one", "true"),), media=("vdc", "iso9660"), packages=(Package("tool"),)
-    )
+    wanted = GuestJob(COMMANDS, media=("vdc", "iso9660"), packages=(Package("tool"),))
     assert guest.run("repositories", wanted).status == 0
     installed = guest.run("packages", wanted)
     assert installed.status == 0, installed.output
