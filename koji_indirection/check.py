@@ -1,4 +1,4 @@
-"""Validate a template or an image without running anything."""
+"""Validate a template, parameters or an image without running anything."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import imagefile, template
+from . import filefetch, imagefile, parameters, template
 from .config import Settings
 from .errors import IndirectionError
 from .jobdir import job_directory
+from .template import Template
 from .units import format_size
 
 
@@ -33,29 +34,73 @@ class Finding:
 
 
 def examine(path: Path, settings: Settings) -> Finding:
-    """Validate one file; what starts like XML is taken for a template, all else for an image."""
-    kind = "template" if _looks_like_xml(path) else "image"
+    """Validate one file.
+
+    What starts like XML is taken for a template, *.json for parameters of Image
+    Factory's, all else for an image.
+    """
+    kind = _kind(path)
     try:
-        message = _template(path) if kind == "template" else _image(path, settings)
+        if kind == "template":
+            message = _template(template.load(path), settings)
+        elif kind == "parameters":
+            message = _parameters(path, settings)
+        else:
+            message = _image(path, settings)
         return Finding(str(path), kind, message)
     except IndirectionError as error:
         return Finding(str(path), kind, error.message, error.hint, error.exit_status)
 
 
-def _looks_like_xml(path: Path) -> bool:
+def _kind(path: Path) -> str:
+    if path.suffix == ".json":
+        return "parameters"
     try:
         with path.open("rb") as file:
-            head = file.read(512)
+            head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")
     except OSError:
-        return path.suffix in (".tdl", ".xml")
-    return head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") or path.suffix in (".tdl", ".xml")
+        head = b""
+    is_xml = head.startswith((b"<", b"\xff\xfe<\0", b"\xfe\xff\0<"))  # the last two: UTF-16
+    return "template" if is_xml or path.suffix in (".tdl", ".xml") else "image"
 
 
-def _template(path: Path) -> str:
-    parsed = template.load(path)
-    names = ", ".join(command.name for command in parsed.commands)
-    ignored = f"; ignored: {', '.join(parsed.ignored)}" if parsed.ignored else ""
-    return f"template with {len(parsed.commands)} commands: {names}{ignored}"
+def _template(parsed: Template, settings: Settings) -> str:
+    for file in parsed.url_files:
+        filefetch.require_allowed(file.name, file.content, settings)
+    names = ", ".join(
+        command.name + (f" (on {command.arch} only)" if command.arch else "")
+        for command in parsed.commands
+    )
+    said = [f"template with {_counted(len(parsed.commands), 'command')}: {names}"]
+    others = {
+        ("repository", "repositories"): len(parsed.repositories),
+        ("package", "packages"): len(parsed.packages),
+        ("file", "files"): len(parsed.files),
+    }
+    brought = [_counted(count, *words) for words, count in others.items() if count]
+    if brought:
+        said.append(f"brings {', '.join(brought)}")
+    if parsed.repositories:
+        said.append("needs a network")
+    known = [name for name in parsed.ignored if name not in parsed.mistaken]
+    if known:
+        said.append(f"ignored: {', '.join(known)}")
+    if parsed.mistaken:
+        said.append(f"WARNING: unknown, and without effect: {', '.join(parsed.mistaken)}")
+    return "; ".join(said)
+
+
+def _counted(count: int, one: str, more: str = "") -> str:
+    return f"{count} {one if count == 1 else more or f'{one}s'}"
+
+
+def _parameters(path: Path, settings: Settings) -> str:
+    given = parameters.load(path)
+    given.build_spec({})
+    given.utility_image()
+    parsed = given.template()
+    said = f"parameters: {', '.join(given.values) or 'none'}"
+    return said if parsed is None else f"{said}; {_template(parsed, settings)}"
 
 
 def _image(path: Path, settings: Settings) -> str:

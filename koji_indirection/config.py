@@ -93,7 +93,7 @@ class Settings:
     download -- how images are fetched.
     networks -- what a spec's network may be: "user" and names of libvirt networks.
     guest_proxy, guest_no_proxy -- what a guest with a network has for http_proxy and
-    no_proxy; None: what this process has.
+    no_proxy; None: what this process has, unless a user name or a password is in it.
     file_hosts -- hosts from which a template's files of type url are fetched: names,
     "*.example.com", or "*" for any.
     max_file_bytes -- of all such files of one template together.
@@ -303,6 +303,15 @@ def _proxy(text: str) -> str:
     return text
 
 
+def _guest_proxy(text: str) -> str:
+    if "@" in text:
+        raise UsageError(
+            "a proxy with a user name or a password would give them to every command in a guest",
+            "name a proxy that asks for none, such as one on this machine that adds them",
+        )
+    return _proxy(text)
+
+
 _Key = tuple[str, Callable[[str], Any]]
 
 # Section, key in the file -> field, and how its text is read. Units are part of the value.
@@ -341,7 +350,7 @@ _SECTIONS: Mapping[str, Mapping[str, _Key]] = {
     },
     "guest": {
         "networks": ("networks", _network_names),
-        "proxy": ("guest_proxy", _proxy),
+        "proxy": ("guest_proxy", _guest_proxy),
         "no_proxy": ("guest_no_proxy", str),
         "file_hosts": ("file_hosts", _host_names),
         "max_file_size": ("max_file_bytes", parse_size),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 
-# The user information of a URL: all of it where a server takes a bare token for a password.
-_PASSWORD = re.compile(r"(?i)(//[^/\s@\"':]*:|\bhttps?://)[^/\s@\"']+@")
+# The user information of a URL: all of it where a server takes a bare token for a password. It
+# ends at the last @ of the host's part, since a password may have one that nobody has quoted.
+_PASSWORD = re.compile(r"(?i)(//[^/?#\s@\"':]*:|\bhttps?://)[^/?#\s\"']+@")
 
 
 def without_passwords(text: str) -> str:

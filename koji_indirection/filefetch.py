@@ -28,6 +28,31 @@ _PIECE_BYTES = 1024 * 1024
 _HEADERS = {"User-Agent": "koji-indirection"}
 
 
+def require_allowed(name: str, url: str, settings: Settings) -> None:
+    """Raise BuildFailed when the settings do not allow to fetch a file from there.
+
+    name -- of the file in the guest, for messages.
+    """
+    what = f"file {name!r}"
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").lower().rstrip(".")
+        scheme = parts.scheme.lower()
+    except ValueError:  # half an IPv6 address
+        host = scheme = ""
+    if scheme not in ("http", "https") or not host:
+        raise BuildFailed(
+            f"{what} is at {_shown(url)}, and only http and https are fetched",
+            "give an http or https address",
+        )
+    if not any(_matches(host, allowed) for allowed in settings.file_hosts):
+        allowed_hosts = ", ".join(settings.file_hosts) or "none"
+        raise BuildFailed(
+            f"{what} is at {host}, from where the settings of this machine allow no files",
+            f"its setting file_hosts in [guest] is: {allowed_hosts}",
+        )
+
+
 class Fetcher:
     """Fetches the files of one template; what all of them may take is one limit."""
 
@@ -42,11 +67,11 @@ class Fetcher:
         Raises BuildFailed where the template is to blame, or the server.
         """
         what = f"file {name!r}"
-        self._require_allowed(what, url)
+        require_allowed(name, url, self._settings)
         shown = _shown(url)
         try:
             with (
-                self._opener(what).open(
+                self._opener(name).open(
                     urllib.request.Request(url, headers=_HEADERS),  # noqa: S310 - checked above
                     timeout=self._settings.download.read_timeout_seconds,
                 ) as response,
@@ -90,7 +115,7 @@ class Fetcher:
             raise _unreachable(what, shown, f"{size_bytes} of {expected} bytes arrived")
         return size_bytes, digest.hexdigest()
 
-    def _opener(self, what: str) -> urllib.request.OpenerDirector:
+    def _opener(self, name: str) -> urllib.request.OpenerDirector:
         """One that knows http and https only: urllib's own reads file: and ftp: too."""
         download = self._settings.download
         context = ssl.create_default_context()
@@ -115,34 +140,15 @@ class Fetcher:
             urllib.request.HTTPSHandler(context=context),
             urllib.request.HTTPDefaultErrorHandler(),
             urllib.request.HTTPErrorProcessor(),
-            _Redirects(self, what, download.max_redirects),
+            _Redirects(name, self._settings),
         ):
             opener.add_handler(handler)
         return opener
 
-    def _require_allowed(self, what: str, url: str) -> None:
-        try:
-            parts = urlsplit(url)
-            host = (parts.hostname or "").lower().rstrip(".")
-            scheme = parts.scheme.lower()
-        except ValueError:  # half an IPv6 address
-            host = scheme = ""
-        if scheme not in ("http", "https") or not host:
-            raise BuildFailed(
-                f"{what} is at {_shown(url)}, and only http and https are fetched",
-                "give an http or https address",
-            )
-        if not any(_matches(host, allowed) for allowed in self._settings.file_hosts):
-            allowed_hosts = ", ".join(self._settings.file_hosts) or "none"
-            raise BuildFailed(
-                f"{what} is at {host}, from where the settings of this machine allow no files",
-                f"its setting file_hosts in [guest] is: {allowed_hosts}",
-            )
-
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    def __init__(self, fetcher: Fetcher, what: str, most: int) -> None:
-        self._fetcher, self._what, self._most, self._followed = fetcher, what, most, 0
+    def __init__(self, name: str, settings: Settings) -> None:
+        self._name, self._settings, self._followed = name, settings, 0
 
     def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
         """As urllib does it, and with nothing left open where it is refused."""
@@ -159,9 +165,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> Any:
         """Held against the rules before it is followed."""
         self._followed += 1
-        if self._followed > self._most:
-            raise _unreachable(self._what, _shown(req.full_url), "too many redirections")
-        self._fetcher._require_allowed(self._what, newurl)
+        if self._followed > self._settings.download.max_redirects:
+            shown = _shown(req.full_url)
+            raise _unreachable(f"file {self._name!r}", shown, "too many redirections")
+        require_allowed(self._name, newurl, self._settings)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

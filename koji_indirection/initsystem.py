@@ -39,17 +39,29 @@ _MASKED_UNITS = (
     "ifupdown-wait-online.service",
     "systemd-time-wait-sync.service",
     "systemd-firstboot.service",
+    "systemd-homed-firstboot.service",
     "initial-setup.service",
     "initial-setup-text.service",
     "initial-setup-graphical.service",
+    "jeos-firstboot.service",
+    "YaST2-Firstboot.service",
+    "YaST2-Second-Stage.service",
     "cloud-init-local.service",
+    "cloud-init-main.service",
+    "cloud-init-network.service",
     "cloud-init.service",
     "cloud-config.service",
     "cloud-final.service",
     "kdump.service",  # builds an initramfs at the first boot
     "snapd.seeded.service",
     "serial-getty@hvc0.service",  # where there is such a console, it is the shell's
+    # apt-get does not wait for whoever else fetches indexes.
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
 )
+# At a first boot (no machine-id yet) Fedora from 37 and RHEL from 10 apply their presets, which
+# end with `disable *`: links of ours would go, that of the default target too.
+_PRESET = f"enable {_NAME}.service\nenable multi-user.target\n"
 # The same for init scripts; and display managers, where no runlevel leaves them out.
 _REMOVED_SERVICES = (
     *("cloud-init-local", "cloud-init", "cloud-config", "cloud-final"),
@@ -183,6 +195,7 @@ def _systemd(appliance: Appliance) -> Start:
         "systemd",
         files={
             f"{units}/{_NAME}.service": (service.read_text(encoding="utf-8"), 0o644),
+            f"etc/systemd/system-preset/00-{_NAME}.preset": (_PRESET, 0o644),
             "etc/cloud/cloud-init.disabled": ("", 0o644),
         },
         links={

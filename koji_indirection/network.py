@@ -40,40 +40,46 @@ def proxy_environment(
 ) -> dict[str, str]:
     """The proxy variables of a guest with a network, in small and in capital letters.
 
-    They may hold a password: they belong into no log, nor into a manifest.
+    No user name and no password is among them: every command in the guest could read it.
     """
     if network is None:
         return {}
     found: dict[str, str] = {}
     for name in _PROXIES:
         value = settings.guest_proxy or environ.get(name) or environ.get(name.upper(), "")
-        reachable = _from_guest(value, network) if value else None
+        reachable = _from_guest(name, value, network) if value else None
         if reachable:
             found[name] = reachable
     if not found:
         return {}
     bypass = settings.guest_no_proxy or environ.get("no_proxy") or environ.get("NO_PROXY", "")
     own = ["localhost", "127.0.0.1", *([HOST_ADDRESS] if network == USER_NETWORK else [])]
-    found["no_proxy"] = ",".join(dict.fromkeys([*filter(None, re.split(r"[\s,]+", bypass)), *own]))
+    hosts = [host for host in re.split(r"[\s,]+", bypass) if host and "@" not in host]
+    found["no_proxy"] = ",".join(dict.fromkeys([*hosts, *own]))
     log.info("the guest gets the proxy settings of this machine: %s", ", ".join(found))
     return {**found, **{name.upper(): value for name, value in found.items()}}
 
 
-def _from_guest(proxy: str, network: str) -> str | None:
+def _from_guest(name: str, proxy: str, network: str) -> str | None:
     """The proxy's URL as a guest can use it; None when there is none."""
+    if "@" in proxy:
+        log.warning(
+            "%s of this machine has a user name or a password in it: the guest does not get it"
+            " (proxy in [guest] of the configuration names one for guests)",
+            name,
+        )
+        return None
     try:
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         host, port = parts.hostname or "", parts.port
     except ValueError:  # a port that is no number, half an IPv6 address
         host = ""
     if not host or not proxy.isprintable():
-        log.warning("a proxy variable of this machine is no URL: the guest does not get it")
+        log.warning("%s of this machine is no URL: the guest does not get it", name)
         return None
     if not _OWN_HOST.fullmatch(host):
         return proxy
     if network != USER_NETWORK:
         log.warning("this machine's proxy listens on loopback, where the guest cannot reach it")
         return None
-    credentials = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
-    netloc = f"{credentials}{HOST_ADDRESS}" + (f":{port}" if port else "")
-    return urlunsplit(parts._replace(netloc=netloc))
+    return urlunsplit(parts._replace(netloc=HOST_ADDRESS + (f":{port}" if port else "")))

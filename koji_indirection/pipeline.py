@@ -273,6 +273,8 @@ class _Guest:
             log.warning("template: unknown, and without effect: %s", ", ".join(template.mistaken))
         network.require_allowed(self.spec.network, self.settings)
         template.require_network(self.spec.network)
+        for file in template.url_files:
+            filefetch.require_allowed(file.name, file.content, self.settings)
 
     def _accelerator(self) -> accel.Accel:
         """What the guest runs on: one of another arch can only be emulated."""

@@ -123,6 +123,11 @@ class Template:
         """What is ignored and is nothing that a full TDL has either: a mistake, most likely."""
         return tuple(name for name in self.ignored if name not in _TDL_WITHOUT_EFFECT)
 
+    @property
+    def url_files(self) -> tuple[File, ...]:
+        """The files whose content has to be fetched."""
+        return tuple(file for file in self.files if file.type == "url")
+
     def commands_for(self, arch: str) -> tuple[Command, ...]:
         """The commands that run on an arch, as `uname -m` or Koji calls it.
 

@@ -35,7 +35,7 @@ run() {
 complaint() {
     for pattern in "$@" '^E: ' '^Err' '^Error' '[Ee]rror' '[Ff]ailed' '.'; do
         grep -m 1 -e "$pattern" "$scratch/said" && break
-    done | sed -e 's,//[^/@ ]*@,//,g' -e 's/^[[:space:]]*//'
+    done | sed -e 's,//[^/@ ]*@,//,g' -e 's/^[[:space:]]*//' -e 's/^- //'
 }
 
 # --- network ----------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ declared_repositories() {
             install_file "$stem.apt-conf" "$ROOT/etc/apt/apt.conf.d/90$id" "$life"
         echo "repository $name:"
         refresh "$id" ||
-            fail "repository '$name' cannot be used: $(complaint 'Could not resolve' 'Could not connect' 'Curl error' 'Failed to fetch' '^W: ')"
+            fail "repository '$name' cannot be used: $(complaint 'Could not resolve' 'Could not connect' 'Error message' 'Curl error' 'Status code' 'on medium' 't be determined' 'Failed to fetch' '^W: ')"
     done
 }
 

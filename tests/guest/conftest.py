@@ -120,17 +120,127 @@ def replace_in_root(disk: Path, path: str, text: str, scratch: Path) -> None:
     change_root(disk, f"rm {path}", f"write {source} {path}", mode.format(path))
 
 
+def why_no_mounts() -> str:
+    """Why no file system can be mounted; empty when one can."""
+    with tempfile.TemporaryDirectory() as directory:
+        argv = ["mount", "-t", "tmpfs", "-o", "size=64K", "tmpfs", directory]
+        if subprocess.run(argv, capture_output=True).returncode != 0:
+            return "mounting a tmpfs is not permitted here"
+        run("umount", directory)
+    return ""
+
+
 @contextmanager
 def mounted_tmpfs(directory: Path, size: str) -> Iterator[Path]:
     """A small file system of its own, for what happens when a disk is full."""
+    if why_no_mounts():
+        pytest.skip(why_no_mounts())
     directory.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
-    if subprocess.run(argv, capture_output=True).returncode != 0:
-        pytest.skip("mounting a tmpfs is not permitted here")
+    run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory)
     try:
         yield directory
     finally:
         run("umount", directory)
+
+
+# libvirtd
+
+# Its own /etc/libvirt, state and sockets, in a mount namespace: nothing of the machine is touched.
+# No /dev/kvm: where qemu's user may not open it, libvirtd would ask qemu for its capabilities again
+# and again, 100 s for one VM.
+_START_LIBVIRTD = """
+set -e
+for place in /etc /run /var/lib /var/cache /var/log; do
+    place=$place/libvirt
+    mkdir -p $place $1$place
+    chmod 755 $1$place
+    mount --bind $1$place $place
+done
+touch $1/no-kvm
+chmod 600 $1/no-kvm
+[ ! -e /dev/kvm ] || mount --bind $1/no-kvm /dev/kvm
+exec libvirtd --config $1/libvirtd.conf --pid-file $1/pid
+"""
+_LIBVIRTD_CONF = """
+unix_sock_dir = "{directory}/sock"
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+log_outputs = "2:file:{directory}/libvirtd.log"
+"""
+# Without cgroups, namespaces and virtlogd, as in a container; user and ownership as by default.
+_QEMU_CONF = """
+cgroup_controllers = []
+namespaces = []
+security_driver = "none"
+stdio_handler = "file"
+"""
+
+
+def why_no_libvirtd() -> str:
+    """What a private libvirtd would need and is not here; empty when it can be had."""
+    if shutil.which("libvirtd") is None:
+        return "libvirtd is not installed"
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+        return "a private mount namespace is not permitted here"
+    return ""
+
+
+class Libvirtd:
+    """A private libvirtd, which may be killed, and started again with what it had on its disk."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._socket = directory / "sock" / "libvirt-sock"
+        self.uri = f"qemu:///system?socket={self._socket}"
+        qemu_conf = directory / "etc/libvirt/qemu.conf"
+        qemu_conf.parent.mkdir(parents=True)
+        (directory / "sock").mkdir()
+        qemu_conf.write_text(_QEMU_CONF)
+        (directory / "libvirtd.conf").write_text(_LIBVIRTD_CONF.format(directory=directory))
+
+    def start(self) -> None:
+        self._socket.unlink(missing_ok=True)  # a killed one leaves it
+        argv = ["unshare", "--mount", "sh", "-c", _START_LIBVIRTD, "sh", str(self._directory)]
+        with (self._directory / "output").open("ab") as output:
+            self._process = subprocess.Popen(argv, stdout=output, stderr=output)
+        wait_until(self._socket.exists, 30, f"libvirtd's socket; see {self._directory}")
+
+    def send(self, number: int) -> None:
+        """Send it a signal; one that ends it is waited for."""
+        self._process.send_signal(number)
+        if number in (signal.SIGKILL, signal.SIGTERM):
+            self._process.wait(30)
+
+    def domains(self) -> list[str]:
+        """The VMs that it knows of."""
+        import libvirt
+
+        connection = libvirt.open(self.uri)
+        try:
+            return [domain.name() for domain in connection.listAllDomains()]
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+        self._process.terminate()
+        self._process.wait(30)
+
+
+@contextmanager
+def private_libvirtd(parent: Path = Path("/tmp")) -> Iterator[Libvirtd]:
+    """A libvirtd of one's own, in a new directory below this one; its path must be short."""
+    directory = Path(tempfile.mkdtemp(prefix="libvirtd-", dir=parent))
+    directory.chmod(0o755)
+    try:
+        daemon = Libvirtd(directory)
+        daemon.start()
+        try:
+            yield daemon
+        finally:
+            daemon.stop()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 # Builds
@@ -225,7 +335,7 @@ class Builder:
         self._public.chmod(0o711)
         self.work = self._public / "work"
         self.directory = directory
-        self._default_image = default_image
+        self.default_image = default_image
         self._started: list[RunningBuild] = []
 
     def start(
@@ -245,7 +355,7 @@ class Builder:
         scratch.mkdir()
         argv: list[object] = [COMMAND] if runner is None else [sys.executable, "-c", runner]
         argv += ["build", "--template", _template(commands, scratch)]
-        argv += ["--input-image", input_image or self._default_image]
+        argv += ["--input-image", input_image or self.default_image]
         if utility_image is not None:
             argv += ["--utility-image", utility_image]
         output = output or scratch / "out"

@@ -24,12 +24,23 @@ import pytest
 
 from koji_indirection import guest
 from koji_indirection.appliance import Appliance, ApplianceError, Drive, appliance
-from koji_indirection.guestjob import GuestJob
-from koji_indirection.template import Command
+from koji_indirection.guestjob import GuestFile, GuestJob
+from koji_indirection.template import Command, Package, Repository
 from koji_indirection.units import GIB, MIB
 
 GOLDEN = Path(__file__).parent / "golden"
-JOB = GuestJob([Command("one", "true")])
+# With something of everything that a template can say.
+JOB = GuestJob(
+    [Command("one", "true")],
+    network="user",
+    media=("vdc", "iso9660"),
+    repositories=(Repository("tools", "https://example.com/tools/", persisted=False),),
+    packages=(Package("lorax"),),
+    files=(
+        GuestFile("/root/here.ks", b"text\n", mode=0o640, owner="root:adm"),
+        GuestFile("/root/large", Path(__file__)),
+    ),
+)
 LABEL = "system_u:object_r:etc_t:s0"
 
 # The content of a file; "-> target" is a link, None a directory.
@@ -82,7 +93,7 @@ def release(system: str, version: str, line: str) -> Tree:
 
 def rhel(version: str, fstab: str, *, usr: Tree | None = None) -> Tree:
     line = f"Red Hat Enterprise Linux release {version} (Test)"
-    old = RUNLEVELS if version < "8" else {}
+    old = RUNLEVELS if int(version.partition(".")[0]) < 8 else {}
     programs = below_usr(USR) if usr is None else usr
     tree = {**ROOT, **MERGED, **programs, **ENFORCING, **old, **release("rhel", version, line)}
     return {**tree, "etc/fstab": fstab}

@@ -229,21 +229,40 @@ def test_files_variables_and_media_are_as_the_template_and_the_options_say(
     assert [command["status"] for command in built.manifest["commands"]] == [0, 0]
 
 
-def test_a_guest_that_configures_no_interface_gets_its_address_all_the_same(
-    build: Builder, tmp_path: Path
+SEEK = """
+find /etc /run /tmp /proc/1/environ /proc/self/environ /proc/cmdline -type f \
+    -exec grep -l 's3cre[t]' {} +
+env | grep -i proxy | sort
+exit 5
+"""
+
+
+def test_a_guest_that_configures_no_interface_gets_its_address_and_no_password_of_a_proxy(
+    build: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("http_proxy", "http://me:s3cret@proxy.invalid:3128")
+    monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")
+    monkeypatch.setenv("no_proxy", ".lan")
     (tmp_path / "hello").write_text("hello over the network\n")
     with Server(tmp_path) as server:
         tdl = template(
             tmp_path,
             "<commands><command name='fetch'>"
-            f"wget -q -O - http://10.0.2.2:{server.port}/hello; env | grep _proxy; exit 5"
+            f"wget -q -O - http://10.0.2.2:{server.port}/hello; <![CDATA[{SEEK}]]>"
             "</command></commands>",
         )
-        running = build.start(tdl, "--network", "user")
-        built = running.finish().failed("command 'fetch' exited with status 5")
-    assert "hello over the network\n" in built.log("job.log")
+        built = build(tdl, "--network", "user").failed("command 'fetch' exited with status 5")
+    proxy, bypass = "http://proxy.invalid:3128", ".lan,localhost,127.0.0.1,10.0.2.2"
+    assert (
+        "\nhello over the network\n"
+        f"HTTPS_PROXY={proxy}\nNO_PROXY={bypass}\nhttps_proxy={proxy}\nno_proxy={bypass}\n"
+    ) in built.log("job.log")
     assert steps(built) == {"network": 0}
+    assert "http_proxy of this machine has a user name or a password in it" in built.stderr
+    written = [path for path in built.output.rglob("*") if path.is_file()]
+    assert len(written) >= 4
+    assert not [path for path in written if b"s3cret" in path.read_bytes()]
+    assert "s3cret" not in built.stderr + built.stdout
 
 
 # Networks that are not to be had

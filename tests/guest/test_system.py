@@ -2,76 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .conftest import RESULT, Builder, wait_until
-
-# Its own /etc/libvirt, state and sockets, in a mount namespace: nothing of the machine is touched.
-# No /dev/kvm: where qemu's user may not open it, libvirtd would ask qemu for its capabilities again
-# and again, 100 s for one VM.
-START = """
-set -e
-for place in /etc /run /var/lib /var/cache /var/log; do
-    place=$place/libvirt
-    mkdir -p $place $1$place
-    chmod 755 $1$place
-    mount --bind $1$place $place
-done
-touch $1/no-kvm
-chmod 600 $1/no-kvm
-[ ! -e /dev/kvm ] || mount --bind $1/no-kvm /dev/kvm
-exec libvirtd --config $1/libvirtd.conf --pid-file $1/pid
-"""
-LIBVIRTD_CONF = """
-unix_sock_dir = "{directory}/sock"
-auth_unix_ro = "none"
-auth_unix_rw = "none"
-log_outputs = "2:file:{directory}/libvirtd.log"
-"""
-# Without cgroups, namespaces and virtlogd, as in a container; user and ownership as by default.
-QEMU_CONF = """
-cgroup_controllers = []
-namespaces = []
-security_driver = "none"
-stdio_handler = "file"
-"""
+from .conftest import (
+    RESULT,
+    Builder,
+    Libvirtd,
+    private_libvirtd,
+    wait_until,
+    why_no_libvirtd,
+)
 
 
 @pytest.fixture
-def system_uri() -> Iterator[str]:
-    if shutil.which("libvirtd") is None:
-        pytest.skip("libvirtd is not installed")
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
-        pytest.skip("a private mount namespace is not permitted here")
-    directory = Path(tempfile.mkdtemp(prefix="libvirtd-", dir="/tmp"))
-    directory.chmod(0o755)
-    qemu_conf = directory / "etc/libvirt/qemu.conf"
-    qemu_conf.parent.mkdir(parents=True)
-    (directory / "sock").mkdir()
-    qemu_conf.write_text(QEMU_CONF)
-    (directory / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(directory=directory))
-    socket = directory / "sock" / "libvirt-sock"
-    argv = ["unshare", "--mount", "sh", "-c", START, "sh", str(directory)]
-    with (directory / "output").open("wb") as output:
-        daemon = subprocess.Popen(argv, stdout=output, stderr=output)
-    try:
-        wait_until(socket.exists, 30, f"libvirtd's socket; see {directory}")
-        yield f"qemu:///system?socket={socket}"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(daemon.pid, signal.SIGCONT)
-        daemon.terminate()
-        daemon.wait(30)
-        shutil.rmtree(directory, ignore_errors=True)
+def libvirtd() -> Iterator[Libvirtd]:
+    reason = why_no_libvirtd()
+    if reason:
+        pytest.skip(reason)
+    with private_libvirtd() as daemon:
+        yield daemon
 
 
 @pytest.fixture
@@ -85,9 +40,9 @@ def open_work(build: Builder) -> Iterator[Path]:
 
 
 def test_a_build_through_libvirtd_copies_what_qemus_user_cannot_read_and_dies_with_the_command(
-    build: Builder, system_uri: str, open_work: Path, tiny_image: Path, tmp_path: Path
+    build: Builder, libvirtd: Libvirtd, open_work: Path, tiny_image: Path, tmp_path: Path
 ) -> None:
-    options = ("--connect", system_uri, "--accel", "tcg")
+    options = ("--connect", libvirtd.uri, "--accel", "tcg")
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
     image = Path(shutil.copy(tiny_image, private / "tiny.qcow2"))
@@ -116,17 +71,19 @@ def test_a_build_through_libvirtd_copies_what_qemus_user_cannot_read_and_dies_wi
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
 def test_a_libvirtd_that_is_killed_or_hangs_is_a_fault_and_takes_the_vm_with_it(
-    build: Builder, system_uri: str, open_work: Path, number: int
+    build: Builder, libvirtd: Libvirtd, open_work: Path, number: int
 ) -> None:
-    """Killed, it ends no VM any more, AUTODESTROY or not."""
-    daemon = int((Path(system_uri.partition("=")[2]).parents[1] / "pid").read_text())
+    """Killed, it ends no VM any more, AUTODESTROY or not; its successor knows of none."""
     running = build.start(
-        [("hang", "sleep 3600")], *("--connect", system_uri, "--accel", "tcg")
+        [("hang", "sleep 3600")], *("--connect", libvirtd.uri, "--accel", "tcg")
     )  # fmt: skip
     running.wait_for("command 1 of 1: hang")
     assert build.qemu() is not None
-    os.kill(daemon, number)
+    libvirtd.send(number)
     running.finish(90).failed(
         "libvirtd ended, or does not answer any more, during command 'hang'", status=3
     )
     assert not build.qemu()
+    if number == signal.SIGKILL:
+        libvirtd.start()
+        assert libvirtd.domains() == []

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tests.guest.conftest import IMAGES, Builder, unused_run_directories
 
-from .faults import FAULTS, Fault, work_directory
+from .faults import FAULTS, Fault, Scene, surroundings
 
 LEFT_SECONDS = 10  # within which everything of a build must be gone
 BUILD_SECONDS = 900
@@ -47,12 +47,15 @@ def build_once(number: int, fault: Fault, seed: int, directory: Path) -> Outcome
     place.mkdir()
     build = Builder(place, IMAGES / "tiny.qcow2", directory)
     try:
-        with work_directory(build, fault):
+        with surroundings(build, fault, directory) as (options, libvirtd):
             running = build.start(
-                fault.commands, *fault.options, "--cache-dir", directory / "cache"
+                fault.commands,
+                *options,
+                *("--cache-dir", directory / "cache"),
+                output=place / "run-1",
             )
             if fault.inject is not None:
-                fault.inject(build, running, random.Random(seed))
+                fault.inject(Scene(build, running, random.Random(seed), libvirtd))
             built = running.finish(BUILD_SECONDS)
             outcome.status = built.status
             outcome.wrong = _verdict(fault, built.status, built.last_line)
@@ -159,10 +162,17 @@ def main() -> int:
     print(f"soak: {options.builds} builds, {options.jobs} at a time, seed {options.seed}")
 
     chance = random.Random(options.seed)
+    possible = []
+    for fault in FAULTS:
+        reason = fault.why_not_here()
+        if reason:
+            print(f"soak: left out: {fault.name}: {reason}")
+        else:
+            possible.append(fault)
     # Every fault before any comes again.
     faults: list[Fault] = []
     while len(faults) < options.builds:
-        faults += chance.sample(FAULTS, len(FAULTS))
+        faults += chance.sample(possible, len(possible))
     plan = [(number, fault, chance.random()) for number, fault in enumerate(faults, start=1)]
     plan = plan[: options.builds]
     share = -(-len(plan) // len(jobs))

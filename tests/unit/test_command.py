@@ -312,7 +312,7 @@ def test_check_passes_good_files(tmp_path: Path, template: Path, image: Path) ->
     said = run("check", "--work-dir", tmp_path / "work", template, image)
     assert (said.status, said.err) == (0, "")
     assert said.out.splitlines() == [
-        f"ok    {template}: template with 1 commands: one",
+        f"ok    {template}: template with 1 command: one",
         f"ok    {image}: qcow2 image, 8 MiB virtual",
     ]
     assert list((tmp_path / "work").iterdir()) == []
@@ -337,6 +337,51 @@ def test_check_says_what_is_wrong_with_each_file(
     assert [one["kind"] for one in findings] == ["template", "template", *["image"] * 4]
     assert "backing file" in findings[4]["message"]
     assert all(one["message"] for one in findings)
+
+
+def test_check_says_what_a_template_brings_and_what_of_it_has_no_effect(tmp_path: Path) -> None:
+    path = tmp_path / "all.tdl"
+    path.write_text(
+        "<template><name>x</name><repositories><repository name='r'><url>http://h/</url>"
+        "</repository></repositories><packages><package name='a'/><package name='b'/></packages>"
+        "<files><file name='/f' type='url' colour='red'>http://files.example.com/f</file></files>"
+        "<commands><command name='one'>true</command>"
+        "<command name='two' arch='ppc64le'>true</command></commands></template>"
+    )
+    said = run("check", path)
+    assert said.out == (
+        f"ok    {path}: template with 2 commands: one, two (on ppc64le only); brings 1 repository,"
+        " 2 packages, 1 file; needs a network; ignored: name;"
+        " WARNING: unknown, and without effect: file@colour\n"
+    )
+    settings = tmp_path / "machine.conf"
+    settings.write_text("[guest]\nfile_hosts = git.example.com\n")
+    said = run("check", "--config", settings, path)
+    assert said.status == 1
+    assert (
+        "file '/f' is at files.example.com, from where the settings of this machine allow no files"
+        " (its setting file_hosts in [guest] is: git.example.com)" in said.out
+    )
+
+
+def test_check_takes_the_parameters_of_image_factory(tmp_path: Path) -> None:
+    path = tmp_path / "parameters.json"
+    path.write_text(json.dumps({"utility_cpus": 2, "utility_customizations": TEMPLATE}))
+    said = run("check", path)
+    assert said.status == 0
+    assert f"{path}: parameters: utility_cpus, utility_customizations; template with" in said.out
+    path.write_text('{"utility_customizations": "<template>\\n<commands/></template>"}')
+    said = run("check", path)
+    assert (said.status, "utility_customizations, line 1: there is no <command>" in said.out) == (
+        1,
+        True,
+    )
+
+
+def test_check_knows_a_template_in_utf_16_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "tasks"
+    path.write_text(f"<?xml version='1.0' encoding='UTF-16'?>{TEMPLATE.lstrip()}", "utf-16")
+    assert "template with" in run("check", path).out
 
 
 def test_check_exits_2_for_a_file_that_is_not_there(tmp_path: Path) -> None:

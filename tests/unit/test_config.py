@@ -203,6 +203,9 @@ def test_a_parser_that_interpolates_is_read_as_the_file_stands() -> None:
         ("[download]\nread_timeout = 0", "read_timeout: '0' is not between 1 s and 7 d"),
         ("[download]\nread_timeout = 8d", "not between 1 s and 7 d"),
         ("[download]\nread_timeout = soon", "read_timeout: 'soon' is not a duration"),
+        ("[guest]\nproxy = http://me:s3cret@p:1", "proxy: a proxy with a user name or a password"),
+        ("[guest]\nproxy = http://s3cret@p:1", "proxy: a proxy with a user name or a password"),
+        ("[guest]\nproxy = me:s3cret@p:1", "proxy: a proxy with a user name or a password"),
         ("[download]\nproxy = proxy:3128", "proxy: that is not the URL of a proxy"),
         ("[guest]\nnetworks = user, br 0$", r"\[guest\] networks: '0\$' is no name"),
         ("[guest]\nfile_hosts = http://h/", "file_hosts: 'http://h/' is no name"),
@@ -218,6 +221,7 @@ def test_a_mistake_is_named_with_file_section_and_key(
         load(tmp_path / "indirection.conf", text)
     assert "indirection.conf" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "s3cret" not in str(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:

@@ -72,8 +72,11 @@ def test_details_are_kept_apart_from_the_sentence() -> None:
         ("git+https://t0ken@host/a.git#main", "git+https://***@host/a.git#main"),
         ("socks5h://u:p%40ss@[::1]:1080", "socks5h://u:***@[::1]:1080"),
         ("//user:pa55@host and ftp://a:b@c", "//user:***@host and ftp://a:***@c"),
+        ("http://u:p@55@proxy:1 or http://a:b:c@d@e", "http://***@proxy:1 or http://***@e"),
+        ("socks5://u:p@55@proxy:1", "socks5://u:***@proxy:1"),
         ("git+ssh://git@host/a.git", "git+ssh://git@host/a.git"),
         ("http://host/a@b:c and pkg@tag", "http://host/a@b:c and pkg@tag"),
+        ("https://host?q=a@b https://host#a@b", "https://host?q=a@b https://host#a@b"),
     ],
 )
 def test_no_password_of_a_url_is_shown(text: str, shown: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import http.server
 import logging
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from koji_indirection.config import Download, Settings
 from koji_indirection.errors import BuilderFault, BuildFailed
-from koji_indirection.filefetch import Fetcher
+from koji_indirection.filefetch import Fetcher, require_allowed
 
 ANYWHERE = Settings(file_hosts=("*",))
 
@@ -114,8 +117,8 @@ def test_only_hosts_that_the_settings_name_are_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("allowed", ["files.example.com", "*.example.com", "*"])
 def test_hosts_may_be_named_by_their_domain(allowed: str) -> None:
-    fetcher = Fetcher(Settings(file_hosts=(allowed,)))
-    fetcher._require_allowed("file", "https://Files.Example.com:8443/x")
+    settings = Settings(file_hosts=(allowed,))
+    require_allowed("/etc/x", "https://Files.Example.com:8443/x", settings)
 
 
 @pytest.mark.parametrize("path", ["/data", "/endless"])
@@ -143,6 +146,26 @@ def test_what_is_not_there_is_said_with_the_servers_answer(server: str, tmp_path
 
 def test_a_server_that_is_not_there_is_said(tmp_path: Path) -> None:
     assert "Connection refused" in refused("http://127.0.0.1:1/x", tmp_path / "f")
+
+
+def test_a_server_has_to_prove_who_it_is(tmp_path: Path) -> None:
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-batch"]
+    new += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    certificate, key = tmp_path / "server.crt", tmp_path / "server.key"
+    new += ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(new, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        httpd.socket = context.wrap_socket(httpd.socket, server_side=True)
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        url = f"https://127.0.0.1:{httpd.server_address[1]}/data"
+        assert "certificate verify failed" in refused(url, tmp_path / "refused")
+        known = replace(ANYWHERE, download=Download(ca_bundle=certificate))
+        assert len(fetch(url, tmp_path / "fetched", known)) == 2000
+        httpd.shutdown()
+        thread.join()
 
 
 def test_a_ca_bundle_that_is_none_is_a_fault(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from fakeguest import FakeGuest
@@ -21,16 +24,24 @@ MASKED = [
     "ifupdown-wait-online.service",
     "systemd-time-wait-sync.service",
     "systemd-firstboot.service",
+    "systemd-homed-firstboot.service",
     "initial-setup.service",
     "initial-setup-text.service",
     "initial-setup-graphical.service",
+    "jeos-firstboot.service",
+    "YaST2-Firstboot.service",
+    "YaST2-Second-Stage.service",
     "cloud-init-local.service",
+    "cloud-init-main.service",
+    "cloud-init-network.service",
     "cloud-init.service",
     "cloud-config.service",
     "cloud-final.service",
     "kdump.service",
     "snapd.seeded.service",
     "serial-getty@hvc0.service",
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
 ]
 ORDER = """\
 TARGETS = killprocs bootlogs rmnologin single rc.local
@@ -87,6 +98,10 @@ def test_everything_for_systemd() -> None:
         "systemd",
         files={
             f"{units}/koji-indirection.service": (service.read_text(encoding="utf-8"), 0o644),
+            "etc/systemd/system-preset/00-koji-indirection.preset": (
+                "enable koji-indirection.service\nenable multi-user.target\n",
+                0o644,
+            ),
             "etc/cloud/cloud-init.disabled": ("", 0o644),
         },
         links={
@@ -102,6 +117,34 @@ def test_everything_for_systemd() -> None:
 def test_the_default_target_leads_to_a_file_that_is_there() -> None:
     files = {"/usr/lib/systemd/systemd": "", f"/usr{SYSTEMD_UNIT}": ""}
     assert plan(files).links["etc/systemd/system/default.target"] == f"/usr{SYSTEMD_UNIT}"
+
+
+def test_presets_that_a_first_boot_applies_leave_the_job_in_place(tmp_path: Path) -> None:
+    """As systemd does it at the first boot of a Fedora: everything is off unless a preset says."""
+    if shutil.which("systemctl") is None:
+        pytest.skip("systemd is not installed")
+    usr = "usr/lib/systemd"
+    target = "[Unit]\nAllowIsolate=yes\n"
+    own = {
+        f"{usr}/system/multi-user.target": (target, 0o644),
+        f"{usr}/system/graphical.target": (target, 0o644),
+        f"{usr}/system/sshd.service": ("[Install]\nWantedBy=multi-user.target\n", 0o644),
+        f"{usr}/system-preset/90-default.preset": ("enable sshd.service\n", 0o644),
+        f"{usr}/system-preset/99-default-disable.preset": ("disable *\n", 0o644),
+    }
+    start = plan({"/usr/lib/systemd/systemd": "", f"/{usr}/system/multi-user.target": ""})
+    for name, (text, _) in {**own, **start.files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for name, link in start.links.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(link)
+    subprocess.run(["systemctl", f"--root={tmp_path}", "--quiet", "preset-all"], check=False)
+    units = tmp_path / "etc/systemd/system"
+    assert (units / "multi-user.target.wants/sshd.service").is_symlink(), "presets were applied"
+    for name, link in start.links.items():
+        assert (tmp_path / name).is_symlink(), name
+        assert str((tmp_path / name).readlink()) == link
 
 
 def test_the_unit_has_no_sandbox_and_no_deadline() -> None:

@@ -51,8 +51,8 @@ def test_the_settings_come_before_the_environment() -> None:
 
 
 def test_a_proxy_on_loopback_is_reached_by_the_hosts_address() -> None:
-    found = proxies({"http_proxy": "http://me:p%40w@localhost:3128/", "https_proxy": "127.0.0.1:8"})
-    assert found["http_proxy"] == "http://me:p%40w@10.0.2.2:3128/"
+    found = proxies({"http_proxy": "http://localhost:3128/", "https_proxy": "127.0.0.1:8"})
+    assert found["http_proxy"] == "http://10.0.2.2:3128/"
     assert found["https_proxy"] == "http://10.0.2.2:8"
     assert proxies({"http_proxy": "http://[::1]:3128"}, name="default") == {}
 
@@ -62,8 +62,25 @@ def test_a_proxy_that_is_no_url_is_left_out(odd: str) -> None:
     assert proxies({"http_proxy": odd}) == {}
 
 
-def test_a_password_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "http://me:secret@p:1",
+        "http://secret@p:1",
+        "me:secret@p:1",
+        "http://me:se/secret@p:1",
+        "http://:secret@[x",
+        "socks5h://me:secret@localhost:1",
+    ],
+)
+def test_a_guest_gets_no_proxy_with_a_user_or_a_password_and_no_log_has_it(
+    proxy: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
-    proxies({"http_proxy": "http://me:secret@p:1", "https_proxy": "http://:secret@[x"})
-    assert "http_proxy" in caplog.text
-    assert "secret" not in caplog.text
+    found = proxies({"http_proxy": proxy, "https_proxy": "http://q:2", "no_proxy": "u:secret@h,i"})
+    assert "http_proxy" not in found
+    assert found["https_proxy"] == "http://q:2"
+    assert found["no_proxy"].startswith("i,")
+    assert "secret" not in str(found) + caplog.text
+    assert "http_proxy of this machine has a user name or a password in it" in caplog.text
+    assert proxies({}, guest_proxy=proxy) == {}
