@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from koji_indirection.machine import libvirt_module
+
 from .conftest import RESULT, Builder, wait_until
 
 # Its own /etc/libvirt, state and sockets, in a mount namespace: nothing of the machine is touched.
@@ -48,10 +50,17 @@ stdio_handler = "file"
 
 @pytest.fixture
 def system_uri() -> Iterator[str]:
+    with private_libvirtd("--mount") as uri:
+        yield uri
+
+
+@contextlib.contextmanager
+def private_libvirtd(*unshared: str) -> Iterator[str]:
+    """The URI of a libvirtd in namespaces of its own, as unshare(1) names them."""
     if shutil.which("libvirtd") is None:
         pytest.skip("libvirtd is not installed")
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
-        pytest.skip("a private mount namespace is not permitted here")
+    if subprocess.run(["unshare", *unshared, "true"], capture_output=True).returncode != 0:
+        pytest.skip("private namespaces are not permitted here")
     directory = Path(tempfile.mkdtemp(prefix="libvirtd-", dir="/tmp"))
     directory.chmod(0o755)
     qemu_conf = directory / "etc/libvirt/qemu.conf"
@@ -60,7 +69,7 @@ def system_uri() -> Iterator[str]:
     qemu_conf.write_text(QEMU_CONF)
     (directory / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(directory=directory))
     socket = directory / "sock" / "libvirt-sock"
-    argv = ["unshare", "--mount", "sh", "-c", START, "sh", str(directory)]
+    argv = ["unshare", *unshared, "sh", "-c", START, "sh", str(directory)]
     with (directory / "output").open("wb") as output:
         daemon = subprocess.Popen(argv, stdout=output, stderr=output)
     try:
@@ -112,6 +121,51 @@ def test_a_build_through_libvirtd_copies_what_qemus_user_cannot_read_and_dies_wi
     wait_until(build.qemu, 20, "the VM runs")
     running.kill()
     wait_until(lambda: not build.leftovers(), 10, "AUTODESTROY")
+
+
+# Only of a network of libvirt's, which its own DHCP and DNS serve.
+NETWORK = """
+<network>
+  <name>builders</name>
+  <bridge name='virbr-test'/>
+  <dns><host ip='192.168.77.1'><hostname>mirror.example.com</hostname></host></dns>
+  <ip address='192.168.77.1' netmask='255.255.255.0'>
+    <dhcp><range start='192.168.77.20' end='192.168.77.20'/></dhcp>
+  </ip>
+</network>
+"""
+REACH = """
+set -e
+ifconfig | grep -o 'inet addr:192[0-9.]*'
+nslookup mirror.example.com | tail -n 4
+ping -c 1 -W 20 192.168.77.1
+"""
+
+
+def test_a_guest_on_a_libvirt_network_has_its_address_and_its_names(
+    build: Builder, open_work: Path, tiny_image: Path, tmp_path: Path
+) -> None:
+    if shutil.which("dnsmasq") is None:
+        pytest.skip("dnsmasq, which libvirt's networks need, is not installed")
+    settings = tmp_path / "machine.conf"
+    settings.write_text("[guest]\nnetworks = builders\n")
+    with private_libvirtd("--mount", "--net") as uri:
+        connection = libvirt_module().open(uri)
+        network = connection.networkCreateXML(NETWORK)
+        try:
+            built = build(
+                [("reach", REACH), ("make", f"mount /dev/vdb1 /mnt && {RESULT}")],
+                *("--connect", uri, "--accel", "tcg"),
+                *("--network", "builders", "--config", settings),
+            ).succeeded()
+        finally:
+            network.destroy()
+            connection.close()
+    assert [(one["name"], one["status"]) for one in built.manifest["setup"]] == [("network", 0)]
+    job_log = built.log("job.log")
+    assert "inet addr:192.168.77.20\n" in job_log
+    assert "192.168.77.1" in job_log.partition("mirror.example.com")[2]
+    assert "1 packets received" in job_log
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
