@@ -388,8 +388,8 @@ def _add_check(commands: Any) -> None:
     parser = commands.add_parser(
         "check",
         help="validate templates, parameters and images without running anything",
-        description="Validate templates (XML), parameters of Image Factory (*.json) and images (raw,"
-        " qcow2, also compressed).",
+        description="Validate templates (XML), parameters of Image Factory (*.json) and images"
+        " (raw, qcow2, also compressed).",
     )
     parser.set_defaults(run=_check)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
