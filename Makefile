@@ -22,10 +22,11 @@ BUILDER_PACKAGES := python3 python3-venv python3-libvirt python3-guestfs \
 EXAMPLE_PACKAGES := mmdebstrap debian-archive-keyring ca-certificates fdisk uuid-runtime \
 	grub-common grub-pc-bin mtools dosfstools busybox-static kmod cpio ovmf
 # qemu-system-arm: a guest of another arch is booted, too.
+# dnsmasq-base: the networks of libvirt.
 # dnf to createrepo-c: what an RPM guest installs packages with, and packages for it.
 # python3-gssapi: the koji library from PyPI wants one, which cannot be compiled everywhere.
 TEST_PACKAGES := qemu-system-arm qemu-efi-aarch64 strace xz-utils gzip zstd git xorriso procps \
-	dpkg-dev dnf zypper rpm createrepo-c python3-gssapi
+	dpkg-dev dnsmasq-base dnf zypper rpm createrepo-c python3-gssapi
 # What the hub, its database and kojid import and run; Koji itself is brought along.
 KOJI_PACKAGES := postgresql python3-psycopg2 python3-gssapi python3-rpm python3-dnf \
 	python3-libcomps python3-librepo python3-cheetah util-linux mount

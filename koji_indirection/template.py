@@ -13,13 +13,14 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import posixpath
 import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from koji_indirection.address import has_credentials, repository_problem
@@ -39,6 +40,7 @@ MAX_FILE_NAME_LENGTH = 1000
 _MAX_IGNORED = 50
 _MAX_SHOWN = 60
 
+_OWN_DIRECTORY = "/etc/koji-indirection"
 _BLOCKS = ("repositories", "packages", "files", "commands")
 
 
@@ -288,8 +290,10 @@ def _parse_xml(data: bytes, source: str) -> _Element:
         if root.getroottree().docinfo.internalDTD is not None:
             raise _DoctypeFound
     except _DoctypeFound:
+        before, found, _ = data.partition(b"<!DOCTYPE")
+        where = f", line {before.count(10) + 1}," if found else ""  # not found in UTF-16
         raise BuildFailed(
-            f"template {source} has a DOCTYPE, which is refused: "
+            f"template {source}{where} has a DOCTYPE, which is refused: "
             "it can define entities that expand without end or read files",
             "remove the DOCTYPE and write the text out, in CDATA if it has many & and <",
         ) from None
@@ -298,10 +302,12 @@ def _parse_xml(data: bytes, source: str) -> _Element:
         text = re.sub(r",? line \d+, column \d+$", "", error.msg or "unknown error")
         reason = " ".join(text.split())[:200]
         line, column = error.position
+        hint = "a template is an XML document; & and < in commands are written &amp; and &lt;, "
+        hint += "or stand in CDATA"
+        if "encoding" in reason.lower():
+            hint = "save it as UTF-8, or name the encoding that it has in its first line"
         raise BuildFailed(
-            f"template {source} is not XML: {reason} at line {line}, column {column}",
-            "a template is an XML document; & and < in commands are written &amp; and &lt;, "
-            "or stand in CDATA",
+            f"template {source} is not XML: {reason} at line {line}, column {column}", hint
         ) from error
     return root
 
@@ -491,7 +497,10 @@ def _in_order(reader: _Reader, found: list[tuple[_Element, Command]]) -> tuple[C
     """Document order, or that of `position`: on all or none, and then exactly 1, 2, 3, ... (Oz)."""
     if all(element.get("position") is None for element, _ in found):
         return tuple(command for _, command in found)
-    hint = f"number all {len(found)} commands from 1 to {len(found)}, or none"
+    count = len(found)
+    hint = f"number all {count} commands from 1 to {count}, or none"
+    if count == 1:
+        hint = "leave the position of the only command out, or make it 1"
     placed: dict[int, Command] = {}
     for element, command in found:
         what = f"command {_shown(command.name)}"
@@ -509,10 +518,11 @@ def _in_order(reader: _Reader, found: list[tuple[_Element, Command]]) -> tuple[C
                 f"{what} has position {number}, and so has command {_shown(placed[number].name)}",
                 hint,
             )
-        if not 1 <= number <= len(found):
+        if not 1 <= number <= count:
             reader.fail(
                 element,
-                f"{what} has position {number}, but there are {len(found)} commands "
+                f"{what} has position {number}, but there "
+                f"{'is 1 command' if count == 1 else f'are {count} commands'} "
                 "and positions count from 1 without a gap",
                 hint,
             )
@@ -630,7 +640,14 @@ def _files(reader: _Reader, root: _Element) -> tuple[File, ...]:
             reader.fail(element, f"the name of {what} has '..' in it", "write the path without it")
         if name.endswith(("/", "/.")):
             reader.fail(element, f"the name of {what} is a directory's", "name the file itself")
-        reader.unique(element, name, seen)
+        plain = posixpath.normpath(f"/{name.lstrip('/')}")
+        if PurePosixPath(plain).is_relative_to(_OWN_DIRECTORY):
+            reader.fail(
+                element,
+                f"{what} is in {_OWN_DIRECTORY}, where the job itself is",
+                "put it somewhere else",
+            )
+        reader.unique(element, plain, seen)
         kind = element.get("type", "raw")
         content = _file_content(reader, element, what, kind)
         mode, owner = _file_mode(reader, element, what), _file_owner(reader, element, what)

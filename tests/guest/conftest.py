@@ -176,20 +176,25 @@ stdio_handler = "file"
 """
 
 
-def why_no_libvirtd() -> str:
-    """What a private libvirtd would need and is not here; empty when it can be had."""
+def why_no_libvirtd(*namespaces: str) -> str:
+    """What a private libvirtd would need and is not here; empty when it can be had.
+
+    namespaces -- besides a mount namespace, as options of unshare(1).
+    """
     if shutil.which("libvirtd") is None:
         return "libvirtd is not installed"
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
-        return "a private mount namespace is not permitted here"
+    argv = ["unshare", "--mount", *namespaces, "true"]
+    if subprocess.run(argv, capture_output=True).returncode != 0:
+        return "private namespaces are not permitted here"
     return ""
 
 
 class Libvirtd:
     """A private libvirtd, which may be killed, and started again with what it had on its disk."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *namespaces: str) -> None:
         self._directory = directory
+        self._namespaces = namespaces
         self._socket = directory / "sock" / "libvirt-sock"
         self.uri = f"qemu:///system?socket={self._socket}"
         qemu_conf = directory / "etc/libvirt/qemu.conf"
@@ -200,7 +205,8 @@ class Libvirtd:
 
     def start(self) -> None:
         self._socket.unlink(missing_ok=True)  # a killed one leaves it
-        argv = ["unshare", "--mount", "sh", "-c", _START_LIBVIRTD, "sh", str(self._directory)]
+        argv = ["unshare", "--mount", *self._namespaces, "sh", "-c", _START_LIBVIRTD, "sh"]
+        argv.append(str(self._directory))
         with (self._directory / "output").open("ab") as output:
             self._process = subprocess.Popen(argv, stdout=output, stderr=output)
         wait_until(self._socket.exists, 30, f"libvirtd's socket; see {self._directory}")
@@ -228,12 +234,12 @@ class Libvirtd:
 
 
 @contextmanager
-def private_libvirtd(parent: Path = Path("/tmp")) -> Iterator[Libvirtd]:
+def private_libvirtd(parent: Path = Path("/tmp"), *namespaces: str) -> Iterator[Libvirtd]:
     """A libvirtd of one's own, in a new directory below this one; its path must be short."""
     directory = Path(tempfile.mkdtemp(prefix="libvirtd-", dir=parent))
     directory.chmod(0o755)
     try:
-        daemon = Libvirtd(directory)
+        daemon = Libvirtd(directory, *namespaces)
         daemon.start()
         try:
             yield daemon

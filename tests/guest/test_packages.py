@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import gzip
 import http.server
+import select
 import shutil
+import socket
+import ssl
 import threading
-from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from .conftest import REPOSITORY, Builder, Built, run
+from .conftest import REPOSITORY, Builder, Built, change_root, raw_copy, run
 
 DEBIAN = ("--memory", "1G", "--cpus", "2", "--workspace-size", "2G", "--boot-timeout", "10m")
 PACKAGES_TDL = REPOSITORY / "examples" / "packages.tdl"
@@ -42,7 +45,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """Serves a directory on loopback, which a guest with a user network sees as 10.0.2.2."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, certificate: Path | None = None) -> None:
         self.requests: list[str] = []
         outer = self
 
@@ -50,12 +53,29 @@ class Server:
             def __init__(self, *args: object) -> None:
                 super().__init__(*args, directory=str(directory))  # type: ignore[arg-type]
 
-            def log_message(self, *_args: object) -> None:
+            def do_GET(self) -> None:
                 outer.requests.append(self.path)
+                # Flat, wherever it is said to be; and a proxy is told the host, too.
+                self.path = f"/{urlsplit(self.path).path.rpartition('/')[2]}"
+                super().do_GET()
+
+            def do_CONNECT(self) -> None:
+                outer.requests.append(f"CONNECT {self.path}")
+                outer.tunnel(self.connection)
+
+            def log_message(self, *_args: object) -> None:
+                pass
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever)
         self.port = self._server.server_address[1]
+
+    def tunnel(self, connection: socket.socket) -> None:
+        raise NotImplementedError
 
     def __enter__(self) -> Server:
         self._thread.start()
@@ -67,10 +87,41 @@ class Server:
         self._thread.join()
 
 
-@pytest.fixture
-def served(repository: Path) -> Iterator[Server]:
-    with Server(repository) as server:
-        yield server
+class Proxy(Server):
+    """To it every host is itself; a tunnel leads to another server, wherever it is to go."""
+
+    def __init__(self, directory: Path, behind: Server) -> None:
+        super().__init__(directory)
+        self._behind = behind
+
+    def tunnel(self, connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", self._behind.port)) as other:
+            to = {connection: other, other: connection}
+            while True:
+                for end in select.select(list(to), [], [])[0]:
+                    data = end.recv(65536)
+                    if not data:
+                        return
+                    to[end].sendall(data)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The certificate of an authority of our own; server.pem beside it is signed by it."""
+    directory = tmp_path_factory.mktemp("authority")
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-batch"]
+    run(*new, "-subj", "/CN=Tests", "-keyout", "ca.key", "-out", "ca.pem", cwd=directory)
+    run(
+        *new,
+        *("-subj", "/CN=repository.test", "-addext", "subjectAltName=DNS:repository.test"),
+        *("-addext", "basicConstraints=critical,CA:FALSE", "-CA", "ca.pem", "-CAkey", "ca.key"),
+        *("-keyout", "server.key", "-out", "server.crt"),
+        cwd=directory,
+    )
+    both = (directory / "server.key").read_text() + (directory / "server.crt").read_text()
+    (directory / "server.pem").write_text(both)
+    return directory / "ca.pem"
 
 
 def template(tmp_path: Path, inside: str) -> Path:
@@ -92,20 +143,52 @@ def assert_the_iso_holds_the_system(built: Built) -> None:
 
 
 def test_tools_are_installed_over_the_network_and_make_the_iso(
-    build: Builder, bare_image: Path, tiny_image: Path, served: Server
+    build: Builder,
+    bare_image: Path,
+    tiny_image: Path,
+    repository: Path,
+    authority: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    running = build.start(
-        PACKAGES_TDL,
-        *DEBIAN,
-        *("--network", "user", "--repo", f"http://10.0.2.2:{served.port}"),
-        *("--collect-log", DECLARED),
-        utility_image=bare_image,
-        input_image=tiny_image,
-    )
-    built = running.finish(900).succeeded()
+    """By HTTP and HTTPS, through a proxy on this machine and past it."""
+    image = raw_copy(bare_image, tmp_path / "bare.raw")
+    trusted = "/etc/ssl/certs/ca-certificates.crt"
+    change_root(image, "mkdir /etc/ssl", "mkdir /etc/ssl/certs", f"write {authority} {trusted}")
+    with (
+        Server(repository) as near,
+        Server(repository, authority.with_name("server.pem")) as secure,
+        Proxy(repository, secure) as proxy,
+    ):
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+        repositories = (
+            "<repositories><repository name='checked'><url>https://repository.test/secure</url>"
+            "<sslverify>yes</sslverify></repository><repository name='near'>"
+            f"<url>http://10.0.2.2:{near.port}/near</url></repository></repositories>"
+        )
+        tdl = tmp_path / "with-repositories.tdl"
+        tdl.write_text(
+            PACKAGES_TDL.read_text().replace("<packages>", f"{repositories}<packages>", 1)
+        )
+        running = build.start(
+            tdl,
+            *DEBIAN,
+            *("--network", "user", "--repo", "http://repository.test/plain"),
+            *("--collect-log", DECLARED),
+            utility_image=image,
+            input_image=tiny_image,
+        )
+        built = running.finish(900).succeeded()
     assert_the_iso_holds_the_system(built)
     assert steps(built) == {"network": 0, "repositories": 0, "packages": 0, "files": 0}
-    assert any("/xorriso_" in path for path in served.requests)
+    by_proxy, tunnelled, past_it = (" ".join(one.requests) for one in (proxy, secure, near))
+    assert "http://repository.test/plain/./Packages" in by_proxy
+    assert "CONNECT repository.test:443" in by_proxy
+    assert "/near/" not in by_proxy
+    assert "/secure/./Packages" in tunnelled
+    assert "/near/./Packages" in past_it
+    assert "/xorriso_" in by_proxy + tunnelled + past_it
     assert "=== setup: packages\n" in built.log("job.log")
     assert f"log {DECLARED}: there is no such file" in built.log("build.log"), (
         "it has to be removed"
@@ -145,22 +228,31 @@ def test_a_package_that_does_not_exist_is_named(
 
 
 def test_a_repository_that_cannot_be_reached_is_named(
-    build: Builder, bare_image: Path, tiny_image: Path, tmp_path: Path
+    build: Builder,
+    bare_image: Path,
+    tiny_image: Path,
+    repository: Path,
+    authority: Path,
+    tmp_path: Path,
 ) -> None:
     with Server(tmp_path) as server:
         port = server.port  # nobody listens there any more
-    tdl = template(
-        tmp_path,
-        f"<repositories><repository name='tools'><url>http://10.0.2.2:{port}/</url></repository>"
-        "</repositories><packages><package name='xorriso'/></packages>"
-        "<commands><command name='never'>echo ran</command></commands>",
-    )
-    running = build.start(
-        tdl, *DEBIAN, "--network", "user", utility_image=bare_image, input_image=tiny_image
-    )
-    built = running.finish(600).failed(
-        "set-up step 'repositories' failed: repository 'tools' cannot be used: "
-    )
+    with Server(repository, authority.with_name("server.pem")) as server:
+        # The guest knows no authority at all, and is told to believe whoever answers.
+        tdl = template(
+            tmp_path,
+            "<repositories>"
+            f"<repository name='believed'><url>https://10.0.2.2:{server.port}/</url></repository>"
+            f"<repository name='tools'><url>http://10.0.2.2:{port}/</url></repository>"
+            "</repositories><packages><package name='xorriso'/></packages>"
+            "<commands><command name='never'>echo ran</command></commands>",
+        )
+        running = build.start(
+            tdl, *DEBIAN, "--network", "user", utility_image=bare_image, input_image=tiny_image
+        )
+        built = running.finish(600).failed(
+            "set-up step 'repositories' failed: repository 'tools' cannot be used: "
+        )
     assert steps(built) == {"network": 0, "repositories": 1}
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from koji_indirection.machine import libvirt_module
+
 from .conftest import (
     RESULT,
     Builder,
@@ -67,6 +69,54 @@ def test_a_build_through_libvirtd_copies_what_qemus_user_cannot_read_and_dies_wi
     wait_until(build.qemu, 20, "the VM runs")
     running.kill()
     wait_until(lambda: not build.leftovers(), 10, "AUTODESTROY")
+
+
+# Only of a network of libvirt's, which its own DHCP and DNS serve.
+NETWORK = """
+<network>
+  <name>builders</name>
+  <bridge name='virbr-test'/>
+  <dns><host ip='192.168.77.1'><hostname>mirror.example.com</hostname></host></dns>
+  <ip address='192.168.77.1' netmask='255.255.255.0'>
+    <dhcp><range start='192.168.77.20' end='192.168.77.20'/></dhcp>
+  </ip>
+</network>
+"""
+REACH = """
+set -e
+ifconfig | grep -o 'inet addr:192[0-9.]*'
+nslookup mirror.example.com | tail -n 4
+ping -c 1 -W 20 192.168.77.1
+"""
+
+
+def test_a_guest_on_a_libvirt_network_has_its_address_and_its_names(
+    build: Builder, open_work: Path, tiny_image: Path, tmp_path: Path
+) -> None:
+    reason = why_no_libvirtd("--net")
+    if reason:
+        pytest.skip(reason)
+    if shutil.which("dnsmasq") is None:
+        pytest.skip("dnsmasq, which libvirt's networks need, is not installed")
+    settings = tmp_path / "machine.conf"
+    settings.write_text("[guest]\nnetworks = builders\n")
+    with private_libvirtd(Path("/tmp"), "--net") as libvirtd:
+        connection = libvirt_module().open(libvirtd.uri)
+        network = connection.networkCreateXML(NETWORK)
+        try:
+            built = build(
+                [("reach", REACH), ("make", f"mount /dev/vdb1 /mnt && {RESULT}")],
+                *("--connect", libvirtd.uri, "--accel", "tcg"),
+                *("--network", "builders", "--config", settings),
+            ).succeeded()
+        finally:
+            network.destroy()
+            connection.close()
+    assert [(one["name"], one["status"]) for one in built.manifest["setup"]] == [("network", 0)]
+    job_log = built.log("job.log")
+    assert "inet addr:192.168.77.20\n" in job_log
+    assert "192.168.77.1" in job_log.partition("mirror.example.com")[2]
+    assert "1 packets received" in job_log
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
