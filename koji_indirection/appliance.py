@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from . import programs
-from .errors import BuilderFault
+from .errors import BuilderFault, BuildFailed
 from .jobdir import python_environment
 
 log = logging.getLogger(__name__)
@@ -65,16 +65,49 @@ class ApplianceError(BuilderFault):
         )
 
 
+class OutOfTime(BuildFailed):
+    """All calls together have taken longer than they may; there will be no more of them."""
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """How long everything that is done with one appliance may take, its launch included.
+
+    Every call has a deadline of its own; of calls a disk that somebody has made for it may need
+    any number.
+    what -- begins the sentence "WHAT took longer than N s".
+    """
+
+    seconds: float
+    what: str
+    hint: str
+
+    def error(self) -> OutOfTime:
+        return OutOfTime(f"{self.what} took longer than {self.seconds:.0f} s", self.hint)
+
+
+TIME_LIMIT = TimeLimit(
+    1800, "libguestfs's appliance", "see whether this machine has too much to do"
+)
+
+
 class Appliance:
     """A launched appliance; call() runs one method of guestfs.GuestFS in it.
 
+    limit -- for all calls together; OutOfTime is raised when it is over.
     is_stuck -- asked while an answer is late: whether none can come any more.
     """
 
     def __init__(
-        self, child: subprocess.Popen[bytes], *, is_stuck: Callable[[], bool] = lambda: False
+        self,
+        child: subprocess.Popen[bytes],
+        limit: TimeLimit = TIME_LIMIT,
+        *,
+        is_stuck: Callable[[], bool] = lambda: False,
     ) -> None:
         self._child = child
+        self._limit = limit
+        self._ends = time.monotonic() + limit.seconds
         self._is_stuck = is_stuck
         self._buffer = b""
         self._dead = ""
@@ -85,8 +118,10 @@ class Appliance:
         """Run a guestfs method and return its value.
 
         Raises ApplianceError with libguestfs's own words, or when the answer
-        does not come in time.
+        does not come in time, and OutOfTime.
         """
+        if time.monotonic() >= self._ends:
+            raise self._out_of_time(method)
         if self._dead:
             raise ApplianceError(method, self._dead)
         assert self._child.stdin is not None
@@ -129,6 +164,16 @@ class Appliance:
         names, complete = self.call("__names__", directory)
         return names, complete
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether no call can have an answer any more."""
+        return bool(self._dead)
+
+    def _out_of_time(self, method: str) -> OutOfTime:
+        log.debug("libguestfs: no time left, in %s", method)
+        self._died(method, "no time left")
+        return self._limit.error()
+
     def _died(self, method: str, reason: str) -> ApplianceError:
         """Kill what is left: a late answer must not be taken for that of the next call."""
         self._dead = f"it died in an earlier call, {method}: {reason}"
@@ -137,10 +182,12 @@ class Appliance:
 
     def _read_line(self, method: str, timeout_seconds: float) -> bytes:
         assert self._child.stdout is not None
-        deadline = time.monotonic() + timeout_seconds
+        deadline = min(time.monotonic() + timeout_seconds, self._ends)
         looks_stuck = 0
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
+            if left <= 0 and deadline == self._ends:
+                raise self._out_of_time(method)
             if left <= 0:
                 raise self._died(method, f"no answer within {timeout_seconds:.0f} s")
             wait = min(left, _STUCK_SECONDS)
@@ -161,9 +208,12 @@ class Appliance:
 
 
 @contextlib.contextmanager
-def appliance(drives: Sequence[Drive], *, accel_kind: str, job_dir: Path) -> Iterator[Appliance]:
+def appliance(
+    drives: Sequence[Drive], limit: TimeLimit = TIME_LIMIT, *, accel_kind: str, job_dir: Path
+) -> Iterator[Appliance]:
     """Launch an appliance on these drives; shut it down, or kill it, at the end.
 
+    limit -- for all that is done with it.
     accel_kind -- "kvm" or "tcg": the verdict of accel.py. libguestfs must not
         find out for itself: it believes a /dev/kvm on which guests hang.
     job_dir -- holds libguestfs's temporary files, and names the child for the watchdog.
@@ -174,7 +224,7 @@ def appliance(drives: Sequence[Drive], *, accel_kind: str, job_dir: Path) -> Ite
             for drive in drives
         ]
         is_written = any(not drive.readonly for drive in drives)
-        yield stack.enter_context(_launched(writable, is_written, accel_kind, job_dir))
+        yield stack.enter_context(_launched(writable, limit, is_written, accel_kind, job_dir))
 
 
 @contextlib.contextmanager
@@ -196,7 +246,7 @@ def _read_through(drive: Drive, job_dir: Path) -> Iterator[Drive]:
 
 @contextlib.contextmanager
 def _launched(
-    drives: Sequence[Drive], is_written: bool, accel_kind: str, job_dir: Path
+    drives: Sequence[Drive], limit: TimeLimit, is_written: bool, accel_kind: str, job_dir: Path
 ) -> Iterator[Appliance]:
     setup: dict[str, Any] = {
         "drives": [asdict(drive) for drive in drives],
@@ -214,7 +264,7 @@ def _launched(
     )
     try:
         # qemu stops a VM whose disk it cannot write, and says so to nobody.
-        running = Appliance(child, is_stuck=lambda: is_written and _is_full(job_dir))
+        running = Appliance(child, limit, is_stuck=lambda: is_written and _is_full(job_dir))
         running.call("__setup__", **setup)
         running.call("launch", timeout_seconds=LAUNCH_TIMEOUT_SECONDS)
         yield running

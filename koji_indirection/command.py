@@ -23,7 +23,7 @@ from .config import Settings, default_cache_dir, default_work_dir, load_settings
 from .errors import BuilderFault, IndirectionError, UsageError
 from .manifest import FILE_NAME as MANIFEST
 from .spec import DEFAULT_RESULT, USER_NETWORK, BuildSpec
-from .units import format_size, parse_duration, parse_size
+from .units import format_duration, format_size, parse_duration, parse_size
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -204,7 +204,14 @@ def _add_build(commands: Any) -> None:
         help="each log; of a longer one head and tail are kept"
         f" (default: {format_size(settings.max_log_bytes)})",
     )
-
+    machine.add_argument(
+        "--max-collect-time",
+        type=_duration,
+        dest="max_collect_seconds",
+        metavar="TIME",
+        help="reading results and logs from the guest's disks"
+        f" (default: {format_duration(settings.max_collect_seconds).replace(' ', '')})",
+    )
     _add_disk_limit(machine, settings)
 
     shown = parser.add_argument_group("what is shown")

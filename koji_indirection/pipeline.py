@@ -44,13 +44,13 @@ from . import (
     results,
     workspace,
 )
-from .appliance import Appliance, Drive
+from .appliance import Appliance, Drive, OutOfTime, TimeLimit
 from .config import Settings, require_within_limits
 from .domain import NAME_PREFIX, Disk, Domain, disk_bus, serial_reports, tcg_cpu_model
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError, without_passwords
 from .guest import GuestSystem
 from .guestjob import GuestFile, GuestJob, Terminal, results_directory, spec_repositories
-from .guestlog import BoundedLog
+from .guestlog import BoundedLog, printable
 from .imagefile import ImageFile
 from .jobdir import job_directory
 from .manifest import ImageRecord, KojiRecord, Manifest, Origin, OutputRecord, Timeline
@@ -68,6 +68,12 @@ BOOT_TIMEOUT_SECONDS = {"kvm": 300, "tcg": 1200}
 # systemd waits 90 s for what a command left behind.
 SHUTDOWN_TIMEOUT_SECONDS = {"kvm": 120, "tcg": 300}
 DEFAULT_CPUS_MAX = 4
+# 20 s are usual without KVM.
+_INJECT_TIME_LIMIT = TimeLimit(
+    1800,
+    "looking into the utility image, and putting the job into it,",
+    "it holds too many file systems, or this machine has too much to do",
+)
 _OUTPUT_LINES_IN_ERRORS = 15
 _WORKSPACE_PARTITION = "/dev/sdb1"  # in the appliance that collects, behind the overlay
 
@@ -436,7 +442,7 @@ class _Guest:
         """Put the job into the overlay; what was found in it, and the firmware it boots by."""
         drive = Drive(str(overlay.path), overlay.format, readonly=False)
         with appliance.appliance(
-            [drive], accel_kind=self.accel.kind, job_dir=self.job.path
+            [drive], _INJECT_TIME_LIMIT, accel_kind=self.accel.kind, job_dir=self.job.path
         ) as running:
             self.record.versions["libguestfs"] = running.version()
             boot_paths = bootpath.examine(running)
@@ -612,9 +618,15 @@ class _Build(_Guest):
             Drive(str(self.overlay.path), self.overlay.format, readonly=True),
             Drive(str(self.workspace_disk), "raw", readonly=True),
         ]
+        limit = TimeLimit(
+            self.settings.max_collect_seconds,
+            "collecting results and logs from the guest's disks",
+            "leave fewer, smaller or simpler files, or --max-collect-time (max_collect_time on a"
+            " builder) allows more",
+        )
         try:
             with appliance.appliance(
-                drives, accel_kind=self.accel.kind, job_dir=self.job.path
+                drives, limit, accel_kind=self.accel.kind, job_dir=self.job.path
             ) as running:
                 self._collect_logs(running)
                 if failure is None:
@@ -644,6 +656,8 @@ class _Build(_Guest):
                         output=self.logs,
                         limit_bytes=self.settings.max_log_bytes,
                     )
+            except OutOfTime:
+                raise
             except BuildFailed as error:
                 log.warning("no logs from the %s: %s", where, error.message)
         for pattern in sorted(missing):
@@ -707,13 +721,14 @@ def _checksums(images: set[ImageFile]) -> Iterator[dict[ImageFile, Future[str]]]
 
 
 class LogFormatter(logging.Formatter):
-    """Lines of a log file, in which no password of a URL stands."""
+    """Lines of a log file, in which no password of a URL stands, and nothing for a terminal."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        return without_passwords(super().format(record))
+        text = without_passwords(super().format(record))
+        return printable(text, len(text))
 
 
 class _QuietFileHandler(logging.FileHandler):

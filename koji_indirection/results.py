@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .appliance import Appliance, ApplianceError
+from .appliance import Appliance, ApplianceError, OutOfTime
 from .errors import BuilderFault, BuildFailed, IndirectionError
 from .guestlog import printable
 from .imagefile import sha256
@@ -31,7 +31,7 @@ _MAX_LINKS = 40  # as the kernel's own limit on symbolic links in a path
 _LISTED_NAMES = 20
 _FULL_BELOW_BYTES = 64 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+~@=,-]{0,199}")
-_LOGS_NUMBER = 200  # of all patterns together, and their size
+_LOGS_NUMBER = 200  # of all patterns together, those that cannot be had included; and their size
 _LOGS_TOTAL_BYTES = 1024**3
 RESERVED_NAMES = ("logs", "manifest.json")
 PARTIAL = ".partial"  # in the output directory, while results are copied
@@ -93,8 +93,9 @@ def collect(
 def collect_logs(
     appliance: Appliance, patterns: Sequence[str], *, where: str, output: Path, limit_bytes: int
 ) -> set[str]:
-    """Copy the log files that the patterns name, as far as they are there; never fails a build.
+    """Copy the log files that the patterns name, as far as they are there.
 
+    Fails no build, unless there is no time left for it (OutOfTime).
     where -- "workspace" or "root": which file system is mounted at /, for the log.
     Returns the patterns that matched. A log longer than the limit loses its middle.
     """
@@ -107,6 +108,8 @@ def collect_logs(
     for pattern in patterns:
         try:
             guest_paths = _expand(appliance, pattern)
+        except OutOfTime:
+            raise
         except BuildFailed as error:
             warn(error)
             continue
@@ -119,10 +122,12 @@ def collect_logs(
                     _LOGS_TOTAL_BYTES,
                 )
                 return matched
+            left_number -= 1
             try:
                 left_bytes -= _collect_log(appliance, guest_path, output, limit_bytes)
-                left_number -= 1
                 matched.add(pattern)
+            except OutOfTime:
+                raise
             except (ApplianceError, BuildFailed) as error:
                 warn(error)
             except OSError as error:

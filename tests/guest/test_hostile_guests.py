@@ -181,6 +181,25 @@ def test_sparse_terabytes_and_many_files_do_not_choke_the_host(
     assert (built.output / "logs" / "huge.log").stat().st_blocks * 512 < MIB
 
 
+def test_a_tree_that_takes_hours_to_walk_is_given_up_at_the_deadline(build: Builder) -> None:
+    """Results that are links to links, forty times, each by way of eight hundred directories."""
+    links = """
+    cd /mnt && mkdir x && echo made > l40
+    way=$(yes x/../ | head -n 800 | tr -d '\\n')
+    for link in $(seq 39); do ln -s "${way}l$((link + 1))" "l$link"; done
+    """
+    running = build.start(
+        [MOUNT, ("links", links)],
+        *("--results", "/l1", "--results", "/l[2-9]", "--max-collect-time", "40s"),
+    )
+    running.wait_for_phase("collect")
+    built = running.finish(120).failed(
+        r"collecting results and logs from the guest's disks took longer than 40 s \(leave fewer,"
+        r" smaller or simpler files, or --max-collect-time"
+    )
+    assert re.search("no time left, in (is_symlink|readlink)", built.log("build.log"))
+
+
 def test_a_result_of_sparse_terabytes_is_refused_by_its_size(build: Builder) -> None:
     build([MOUNT, ("sparse", f"{HOLE}/mnt/results/images/boot.iso")]).failed(
         r"the results are larger than the limit of 21474836480 bytes.*\(--max-result-size"

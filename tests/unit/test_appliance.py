@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from koji_indirection import appliance
-from koji_indirection.appliance import Appliance, ApplianceError, Drive
+from koji_indirection.appliance import Appliance, ApplianceError, Drive, OutOfTime, TimeLimit
 
 Start = Callable[[str], Appliance]
 
@@ -47,6 +48,27 @@ def test_a_call_that_is_not_answered_is_given_up_and_the_process_killed(start: S
     assert one._child.wait(5) == -9
     with pytest.raises(ApplianceError, match="it died in an earlier call, mount_ro"):
         one.call("ls", "/")
+
+
+@pytest.mark.parametrize("seconds_a_call", [0.2, 300])
+def test_all_calls_together_have_a_deadline_however_quick_each_is(
+    start: Start, seconds_a_call: float
+) -> None:
+    one = start(
+        f"import sys, time\nfor line in sys.stdin: time.sleep({seconds_a_call});"
+        "print('{\"value\": 1}', flush=True)"
+    )
+    one._limit = TimeLimit(1.5, "collecting", "leave less, or --max-collect-time allows more")
+    one._ends = time.monotonic() + 1.5
+    for _ in range(2):  # whoever goes on is told again
+        with pytest.raises(OutOfTime) as caught:
+            for _ in range(100):
+                one.call("is_symlink", "/x")
+        assert str(caught.value) == (
+            "collecting took longer than 2 s (leave less, or --max-collect-time allows more)"
+        )
+    assert one._child.wait(5) == -9
+    assert one.is_dead
 
 
 def test_a_call_that_can_have_no_answer_is_not_waited_for(

@@ -216,7 +216,7 @@ def test_a_shell_takes_what_a_build_takes_of_guest_and_machine_and_needs_a_termi
     assert build - shell == {
         *("--output", "--force", "--collect-log", "--json", "-v", "--verbose", "-q", "--quiet"),
         *("--job-timeout", "--command-timeout", "--shutdown-timeout"),
-        *("--max-results", "--max-result-size", "--max-log-size"),
+        *("--max-results", "--max-result-size", "--max-log-size", "--max-collect-time"),
     }
     said = run("shell", "--input-image", image, "--template", template)
     assert (said.status, said.out) == (2, "")
@@ -468,6 +468,7 @@ OPTIONS = [
     (["--media", "/srv/repo"], Settings, {"media": Path("/srv/repo")}),
     ([], Settings, {"networks": ("user",), "file_hosts": ("*",)}),
     (["--max-disk-size", "9G"], Settings, {"max_disk_bytes": 9 * GIB}),
+    (["--max-collect-time", "9m"], Settings, {"max_collect_seconds": 540}),
 ]
 
 

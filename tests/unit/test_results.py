@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from koji_indirection import results
-from koji_indirection.appliance import ApplianceError
+from koji_indirection.appliance import ApplianceError, OutOfTime
 from koji_indirection.errors import BuilderFault, BuildFailed, IndirectionError
 from koji_indirection.results import Result, ResultLimits
 
@@ -587,6 +587,31 @@ def test_one_bad_log_among_those_of_a_glob_does_not_hide_the_others(build: Build
     (build.workspace / "b.log").write_text("the real error")
     build.collect_logs("/*.log")
     assert build.log_names() == ["b.log"]
+
+
+def test_files_that_are_no_logs_count_too_however_many_a_glob_matches(
+    build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(300):
+        (build.workspace / f"{number:03}.log").mkdir()
+    build.collect_logs("/*.log")
+    assert "the rest is left out, 200 files" in caplog.text
+    assert len(caplog.records) == 201
+
+
+def test_no_log_is_waited_for_when_there_is_no_time_left(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_time(*_arguments: object, **_options: object) -> None:
+        raise OutOfTime("collecting took longer than 9 s")
+
+    for number in range(3):
+        (build.workspace / f"{number}.log").write_text("x")
+    for method in ("call", "download"):
+        with monkeypatch.context() as patch:
+            patch.setattr(build.appliance, method, out_of_time)
+            with pytest.raises(OutOfTime):
+                build.collect_logs("/0.log", "/*.log")
 
 
 # Mounting
