@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import xmlrpc.client
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import koji.tasks
 try:
     from koji_indirection import kojibuild, sweep
     from koji_indirection.errors import BuilderFault, IndirectionError
-    from koji_indirection.hubcalls import PatientSession
     from koji_indirection.taskspec import TaskSpec
 
     MISSING = ""
@@ -39,7 +39,7 @@ class _Task(koji.tasks.BaseTaskHandler):
     def run(self):
         """In the process of the task, with a session of its own by now."""
         if not MISSING:
-            self.session = PatientSession(self.session)
+            self.session = kojibuild.patient(CONFIG, self.session)
         return super().run()
 
     def createWorkdir(self):
@@ -105,7 +105,10 @@ class _Task(koji.tasks.BaseTaskHandler):
         )
         scm.use_common = False  # a template needs no common/ directory beside it
         log = Path(self.workdir) / "checkout.log"
-        checkout = scm.checkout(str(directory), self.session, self.getUploadDir(), str(log))
+        # Nobody is there to be asked for a password.
+        os.environ["GIT_TERMINAL_PROMPT"] = "0"
+        with kojibuild.checkout_deadline(kojibuild.task_settings(CONFIG, spec, Path(self.workdir))):
+            checkout = scm.checkout(str(directory), self.session, self.getUploadDir(), str(log))
         return Path(checkout), scm.get_source()["source"]
 
 
@@ -150,14 +153,16 @@ class IndirectionBuildTask(_Task):
         if complete:
             _, entries = kojibuild.handed_over(daemon) or (None, None)
         else:
-            build = build or self._init_build(spec, inputs)
+            if build is None:
+                with self._failing(None):
+                    build = kojibuild.init_build(self.session, self.id, spec, inputs)
             with self._failing(build):
                 entries = self._entries(spec, _nvr(build), inputs, settings)
                 kojibuild.complete_build(daemon, build, entries)
         if entries is not None:
             self._record_inputs(build, entries)
         if not spec.skip_tag:
-            self._tag(target, build)
+            self._tag(daemon, target, build)
         return {"build_id": build["id"], "nvr": _nvr(build), "task_id": self.id}
 
     def _scratch(self, spec):
@@ -186,19 +191,6 @@ class IndirectionBuildTask(_Task):
                 kojibuild.require_space(inputs[arch], settings)
         return inputs
 
-    def _init_build(self, spec, inputs):
-        return self.session.host.initImageBuild(
-            self.id,
-            {
-                "name": spec.name,
-                "version": spec.version,
-                "release": kojibuild.release_of(self.session, spec),
-                "epoch": 0,
-                "source": next(iter(inputs.values())).template_source,
-                "extra": kojibuild.build_extra(spec, inputs),
-            },
-        )
-
     def _entries(self, spec, nvr, inputs, settings):
         """What build_arch() gave for each arch; of one that could fail maybe a fault."""
         arch = self._only_arch()
@@ -217,31 +209,32 @@ class IndirectionBuildTask(_Task):
             for arch in spec.arches
         }
         can_fail = [tasks[arch] for arch in spec.can_fail]
-        results = self.wait(list(tasks.values()), all=True, failany=True, canfail=can_fail)
-        return list(results.values())
+        return kojibuild.wait_for_subtasks(self._daemon(spec), list(tasks.values()), can_fail)
 
     @contextlib.contextmanager
     def _failing(self, build):
         """From BUILDING to FAILED on any error; an interrupted or refused build stays as it is.
 
         Cancelled, the hub has marked it already; with kojid stopped, the task runs again.
+        build -- None if the hub may have made one that we have not been told of.
         """
         try:
             yield
         except koji.tasks.RefuseTask:
             raise
         except Exception:
-            if build is not None:
-                self._fail(build)
+            self._fail(build)
             raise
 
     def _fail(self, build):
         """The hub refuses it for a build that is not BUILDING any more."""
         try:
-            self.session.cancelTaskChildren(self.id)
-            self.session.host.failBuild(self.id, build["id"])
+            build = build or kojibuild.own_build(self.session, self.id)
+            if build is not None:
+                self.session.cancelTaskChildren(self.id)
+                self.session.host.failBuild(self.id, build["id"])
         except Exception as error:  # noqa: BLE001 - the reason of the failure comes first
-            self.logger.warning("build %s cannot be marked as failed: %s", build["id"], error)
+            self.logger.warning("the build cannot be marked as failed: %s", error)
 
     def _record_inputs(self, build, entries):
         """With the hub's plugin, if it has this call; build.extra tells the same in any case."""
@@ -251,7 +244,7 @@ class IndirectionBuildTask(_Task):
         except (koji.GenericError, xmlrpc.client.Fault) as error:
             self.logger.warning("the inputs of build %s are not linked: %s", build["id"], error)
 
-    def _tag(self, target, build):
+    def _tag(self, daemon, target, build):
         """A label of its own: the hub gives a task that runs again the child it has already."""
         tag_task = self.session.host.subtask(
             method="tagBuild",
@@ -260,7 +253,7 @@ class IndirectionBuildTask(_Task):
             parent=self.id,
             arch="noarch",
         )
-        self.wait(tag_task)
+        kojibuild.wait_for_subtasks(daemon, [tag_task])
 
 
 class IndirectionBuildArchTask(_Task):

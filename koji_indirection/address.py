@@ -46,3 +46,10 @@ def repository_problem(address: str) -> tuple[str, str] | None:
 def has_credentials(address: str) -> bool:
     """Whether a user name or a password is in the address."""
     return "@" in re.split("[/?#]", address.partition("://")[2], maxsplit=1)[0]
+
+
+def has_secret(address: str) -> bool:
+    """The same, but a plain user name is none where it is no token: over SSH, not over HTTP."""
+    scheme, _, rest = address.partition("://")
+    user, at, _ = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")
+    return bool(at) and (":" in user or scheme.endswith(("http", "https")))

@@ -56,6 +56,7 @@ class Download:
     retries -- cuts in a row that bring nothing new before it is given up.
     retry_wait_seconds -- before the first retry; doubles each time.
     max_redirects -- for each request.
+    checkout_timeout_seconds -- for the checkout of a template by a builder of Koji.
     ca_bundle -- file or directory of CA certificates; None: REQUESTS_CA_BUNDLE,
     CURL_CA_BUNDLE or those that the requests module comes with.
     proxy -- URL of a proxy; None: what http_proxy, https_proxy and no_proxy say.
@@ -67,6 +68,7 @@ class Download:
     retries: int = 5
     retry_wait_seconds: float = 2
     max_redirects: int = 5
+    checkout_timeout_seconds: float = 600
     ca_bundle: Path | None = None
     proxy: str | None = None
 
@@ -99,6 +101,8 @@ class Settings:
     "*.example.com", or "*" for any.
     max_file_bytes -- of all such files of one template together.
     media -- directory or ISO with packages that every guest gets as a read-only disk.
+    hub_timeout_seconds, hub_import_timeout_seconds -- until a Koji hub that is silent counts as
+    one that is away; the second while it reads or imports whole images.
     """
 
     connect: str | None = None
@@ -127,6 +131,8 @@ class Settings:
     file_hosts: tuple[str, ...] = ()
     max_file_bytes: int = 256 * MIB
     media: Path | None = None
+    hub_timeout_seconds: int = 300
+    hub_import_timeout_seconds: int = 4 * HOUR_SECONDS
 
 
 def load_settings(
@@ -192,6 +198,7 @@ def settings_from(
         **values["indirection"],
         **values["cache"],
         **values["guest"],
+        **values["hub"],
         download=dataclasses.replace(defaults.download, **values["download"]),
     )
 
@@ -348,6 +355,7 @@ _SECTIONS: Mapping[str, Mapping[str, _Key]] = {
         "retries": ("retries", _whole_number),
         "retry_wait": ("retry_wait_seconds", _seconds),
         "max_redirects": ("max_redirects", _whole_number),
+        "checkout_timeout": ("checkout_timeout_seconds", _seconds),
         "ca_bundle": ("ca_bundle", _absolute_path),
         "proxy": ("proxy", _proxy),
     },
@@ -358,6 +366,10 @@ _SECTIONS: Mapping[str, Mapping[str, _Key]] = {
         "file_hosts": ("file_hosts", _host_names),
         "max_file_size": ("max_file_bytes", parse_size),
         "media": ("media", _absolute_path),
+    },
+    "hub": {
+        "timeout": ("hub_timeout_seconds", _seconds),
+        "import_timeout": ("hub_import_timeout_seconds", _seconds),
     },
 }
 

@@ -41,8 +41,12 @@ class IndirectionError(Exception):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
     def one_line(self) -> str:
-        """The last line of a build: kind, reason and hint, on one line whatever they contain."""
-        return " ".join(f"{self.label}: {self}".split())
+        """The last line of a build: kind, reason and hint, on one line whatever they contain.
+
+        It is shown on terminals, by Koji too: nothing in it may steer one.
+        """
+        line = " ".join(f"{self.label}: {self}".split())
+        return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 class BuildFailed(IndirectionError):

@@ -25,7 +25,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, NoReturn
 
-from . import accel, cache, jobdir, output, pipeline, sources, sweep, template
+from . import accel, cache, hubcalls, jobdir, output, pipeline, programs, sources, sweep, template
+from .address import has_credentials
 from .config import Settings, load_settings, require_within_limits
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
 from .manifest import FILE_NAME as MANIFEST
@@ -195,11 +196,57 @@ class RunDirectory:
 
 
 def runs_directory(config: Path) -> Path:
-    """Where runs are noted; the default one if the settings are wrong, which is told elsewhere."""
+    """Where runs are noted."""
+    return sweep.runs_directory(_settings_or_defaults(config))
+
+
+def patient(config: Path, session: Any) -> hubcalls.PatientSession:
+    """A task's session with the deadlines that the settings give it."""
+    settings = _settings_or_defaults(config)
+    return hubcalls.PatientSession(
+        session, settings.hub_timeout_seconds, settings.hub_import_timeout_seconds
+    )
+
+
+def _settings_or_defaults(config: Path) -> Settings:
+    """For what is needed even where the settings are wrong, which is told elsewhere."""
     try:
-        return sweep.runs_directory(load_settings([config]))
+        return load_settings([config])
     except UsageError:
-        return sweep.runs_directory(Settings())
+        return Settings()
+
+
+@contextlib.contextmanager
+def checkout_deadline(settings: Settings) -> Iterator[None]:
+    """Kill the programs that this process has started when the block takes too long.
+
+    koji.daemon.SCM waits for git for ever. Raises BuilderFault in place of what it raises then.
+    """
+    seconds = settings.download.checkout_timeout_seconds
+    over, done = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        if done.wait(seconds):
+            return
+        over.set()
+        while not done.wait(0.2):  # after one git comes the next
+            programs.kill_descendants()
+
+    thread = threading.Thread(target=watch, name="checkout-deadline", daemon=True)
+    thread.start()
+    try:
+        yield
+    except Exception as error:
+        if not over.is_set():
+            raise
+        raise BuilderFault(
+            f"the template could not be checked out within {seconds:g} s",
+            "see checkout.log, and whether its server is well; checkout_timeout in the"
+            " configuration's [download] allows more",
+        ) from error
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextlib.contextmanager
@@ -262,6 +309,30 @@ def own_build(session: Any, task_id: int) -> dict[str, Any] | None:
             found = session.getBuild(build["build_id"])
             return dict(found)
     return None
+
+
+def init_build(
+    session: Any, task_id: int, spec: TaskSpec, inputs: Mapping[str, Inputs]
+) -> dict[str, Any]:
+    """A new build, BUILDING."""
+    info = {
+        "name": spec.name,
+        "version": spec.version,
+        "release": release_of(session, spec),
+        "epoch": 0,
+        "source": next(iter(inputs.values())).template_source,
+        "extra": build_extra(spec, inputs),
+    }
+    try:
+        return dict(session.host.initImageBuild(task_id, info))
+    except Exception as error:
+        if getattr(error, "faultCode", None) != hubcalls.RETRY_ERROR:
+            raise
+        # It was done, and the answer was lost.
+        build = own_build(session, task_id)
+        if build is None:
+            raise
+        return build
 
 
 def release_of(session: Any, spec: TaskSpec) -> str:
@@ -517,6 +588,12 @@ def with_tag_repo(build: BuildSpec, inputs: Inputs, arch: str, topurl: str | Non
             "the build tag's repository has no address: there is no topurl here",
             "set topurl in Koji's configuration",
         )
+    if has_credentials(topurl):
+        raise BuilderFault(
+            "the build tag's repository has no address that guests may know: topurl has a user"
+            " name or password in it",
+            "set topurl in Koji's configuration to one without",
+        )
     # As koji.pathinfo and its repositories have it: i386 also for i686.
     path = urllib.parse.quote(f"{inputs.tag_repo}/{_canonical(arch)}")
     address = f"{topurl.rstrip('/')}/{path}"
@@ -613,8 +690,18 @@ def rpm_list(session: Any, source: sources.Source) -> list[dict[str, Any]]:
 
 # --- live logs --------------------------------------------------------------------------------
 
-# ActionNotAllowed, AuthLockError, AuthExpired: the hub says that the task is not ours any more.
-_LOST = (1004, 1006, 1007)
+# AuthError, ActionNotAllowed, AuthLockError, AuthExpired: the hub says that the task is not ours
+# any more; koji's client has renewed by then what can be renewed.
+_LOST = (1002, 1004, 1006, 1007)
+
+
+def is_ours(daemon: Daemon, host_id: int) -> bool:
+    """Whether a task still is this host's to do, as the hub sees it.
+
+    Raises what the hub answers where the task was given to another run on the same host.
+    """
+    task = daemon.session.getTaskInfo(daemon.task_id)
+    return bool(task["state"] == _OPEN and task["host_id"] == host_id)
 
 
 class LiveLogs:
@@ -697,9 +784,12 @@ class LiveLogs:
                 raise
 
 
+_NOT_OURS = "the task is no longer ours: it was cancelled or given to another builder"
+
+
 def interrupt_main_thread() -> None:
     """As kojid does."""
-    log.error("the task is no longer ours: it was cancelled or given to another builder")
+    log.error(_NOT_OURS)
     os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -734,6 +824,64 @@ class _Phases:
         """Is in job.log."""
 
 
+# --- subtasks ---------------------------------------------------------------------------------
+
+_SUBTASKS_SECONDS = 5.0
+
+
+def wait_for_subtasks(
+    daemon: Daemon, tasks: Sequence[int], can_fail: Sequence[int] = ()
+) -> list[Any]:
+    """Until all have ended; their results, in their order, of one that can fail maybe a fault.
+
+    The first of the others that fails ends the rest, and its fault is raised. kojid wakes us
+    with SIGUSR2 when a subtask ends. We look without being woken too, and at whether the task
+    still is ours: kojid may have been killed, and nobody would ever wake us, or end us.
+    """
+    session, task_id = daemon.session, daemon.task_id
+    woken, checked = threading.Event(), set(can_fail)
+    before = signal.signal(signal.SIGUSR2, lambda _number, _frame: woken.set())
+    try:
+        host_id = session.host.getID()
+        session.host.taskSetWait(task_id, list(tasks))
+        while True:
+            _stop_unless_ours(daemon, host_id)
+            finished, unfinished = session.host.taskWait(task_id)
+            if not unfinished:
+                break
+            for one in set(finished) - checked:
+                checked.add(one)
+                _require_success(session, task_id, one)
+            woken.wait(_SUBTASKS_SECONDS)
+            woken.clear()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    results = session.host.taskWaitResults(task_id, list(tasks), canfail=list(can_fail))
+    by_task = {int(one): result for one, result in results}
+    return [by_task[one] for one in tasks]
+
+
+def _stop_unless_ours(daemon: Daemon, host_id: int) -> None:
+    try:
+        ours = is_ours(daemon, host_id)
+    except Exception as error:
+        if getattr(error, "faultCode", None) not in _LOST:
+            raise
+        ours = False
+    if not ours:
+        log.error(_NOT_OURS)
+        raise KeyboardInterrupt
+
+
+def _require_success(session: Any, task_id: int, subtask: int) -> None:
+    try:
+        session.getTaskResult(subtask)
+    except Exception as error:
+        if getattr(error, "faultCode", None) is not None:
+            session.cancelTaskChildren(task_id)
+        raise
+
+
 # --- the build of one arch --------------------------------------------------------------------
 
 
@@ -750,8 +898,10 @@ def build_arch(
     (logs / TEMPLATE_LOG).write_bytes(inputs.template_text)
     types = ArchiveTypes(daemon.session)
 
+    host_id = daemon.session.host.getID()
+
     def ours() -> bool:
-        return bool(daemon.session.getTaskInfo(daemon.task_id)["state"] == _OPEN)
+        return is_ours(daemon, host_id)
 
     try:
         # The session is the thread's alone in this block: nothing else in it calls the hub.
@@ -789,22 +939,49 @@ def _upload_results(
     return checksums
 
 
+# Before the second, third, ... attempt. A hub whose connection was cut in the middle of a file
+# may have that locked until it notices.
+UPLOAD_WAITS_SECONDS = (1, 2, 4, 8, 15, 30, 60)
+
+
 def upload_verified(daemon: Daemon, path: Path, name: str, sha256: str) -> None:
     """Upload a file that has this checksum; the hub must then have one with it too.
 
-    The hub itself compares what it imports with nothing. A mismatch is retried once, then
-    a BuilderFault.
+    The hub itself compares what it imports with nothing. A mismatch is retried once, a refusal
+    for some two minutes; then it is a BuilderFault. What tells that the task is no longer ours
+    is raised as it is.
     """
-    for attempt in ("once", "twice"):
-        daemon.upload(path, name)
-        problem = _problem_of_upload(daemon, name, sha256)
+    damaged = 0
+    for wait in (*UPLOAD_WAITS_SECONDS, None):
+        problem = _refusal_of_upload(daemon, path, name)
         if problem is None:
-            return
-        log.warning("%s, uploaded %s, is not there as it is here: %s", name, attempt, problem)
+            problem = _problem_of_upload(daemon, name, sha256)
+            if problem is None:
+                return
+            damaged += 1
+        log.warning("%s, uploaded, is not there as it is here: %s", name, problem)
+        if damaged == 2:
+            raise BuilderFault(
+                f"{name}, uploaded twice, is not on the hub as it is here: {problem}",
+                "the network, a proxy, or the hub's file system damages it",
+            )
+        if wait is not None:
+            time.sleep(wait)
     raise BuilderFault(
-        f"{name}, uploaded twice, is not on the hub as it is here: {problem}",
-        "the network, a proxy, or the hub's file system damages it",
+        f"{name} cannot be uploaded: {problem}", "see the hub's log, and its file system"
     )
+
+
+def _refusal_of_upload(daemon: Daemon, path: Path, name: str) -> str | None:
+    try:
+        daemon.upload(path, name)
+    except Exception as error:
+        code = getattr(error, "faultCode", None)
+        if code is None or code in _LOST:
+            raise
+        # Of a traceback, the last line says what it was.
+        return hubcalls.one_line(Exception((str(error).strip() or "?").splitlines()[-1]))
+    return None
 
 
 def _problem_of_upload(daemon: Daemon, name: str, sha256: str) -> str | None:
@@ -889,8 +1066,9 @@ def hand_over(daemon: Daemon, nvr: str, entries: Sequence[Mapping[str, Any]]) ->
     what they were made from.
     """
     path = daemon.work_dir / HANDOVER
-    path.write_text(json.dumps({"nvr": nvr, "entries": list(entries)}), encoding="utf-8")
-    daemon.upload(path, HANDOVER)
+    content = json.dumps({"nvr": nvr, "entries": list(entries)}).encode()
+    path.write_bytes(content)
+    upload_verified(daemon, path, HANDOVER, hashlib.sha256(content).hexdigest())
 
 
 def handed_over(daemon: Daemon) -> tuple[str, list[dict[str, Any]]] | None:
@@ -926,7 +1104,7 @@ def move_to_scratch(daemon: Daemon, nvr: str, entries: Sequence[Mapping[str, Any
     try:
         daemon.session.host.moveImageBuildToScratch(daemon.task_id, results)
     except Exception as error:
-        if getattr(error, "faultCode", None) != _RETRY_ERROR:
+        if getattr(error, "faultCode", None) != hubcalls.RETRY_ERROR:
             raise
         _require_moved(daemon, entries)
     return [name for entry in results.values() for name in entry["files"]]
@@ -948,9 +1126,6 @@ def move_to_scratch_again(daemon: Daemon, entries: Sequence[Mapping[str, Any]]) 
             raise
         log.info("its files have been moved: %s", error)
     return [name for entry in results.values() for name in entry["files"]]
-
-
-_RETRY_ERROR = 1009  # the hub has had this very call before, and will not do it again
 
 
 def _require_moved(daemon: Daemon, entries: Sequence[Mapping[str, Any]]) -> None:

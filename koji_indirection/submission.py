@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BuildFailed, IndirectionError, UsageError
+from .guestlog import printable
 from .localrun import Here, Hub, LocalOrder, inputs_of, read_template, require_target, template_in
 from .options import (
     BUILD_FIELDS,
@@ -390,7 +391,8 @@ def dry_run_text(request: Request, inputs: Sequence[ArchInputs]) -> str:
                     f"    {format_size(source.size_bytes)},"
                     f" {source.checksum_name} {source.checksum}",
                 ]
-    return "\n".join([*lines, "No task was made."])
+    text = "\n".join([*lines, "No task was made."])
+    return printable(text, len(text))  # names come from a hub
 
 
 def _plain(name: str, value: Any) -> str:

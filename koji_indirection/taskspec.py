@@ -16,6 +16,7 @@ from typing import Any
 
 from . import schema
 from . import spec as _spec
+from .address import has_secret
 from .errors import UsageError
 from .schema import shown
 from .spec import BuildSpec
@@ -414,6 +415,15 @@ def _check_provenance_fields(inputs: Any, extra: Any) -> None:
     for error in validator.iter_errors({"inputs": inputs, "extra": extra}):
         path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error.absolute_path)
         raise UsageError(f"provenance: {path[1:]}: {error.message[:300]}")
+    for number, one in enumerate((*inputs, extra)):
+        for name, value in one.items():
+            # It is shown to whoever looks at the build.
+            if isinstance(value, str) and not value.isprintable():
+                where = f"inputs[{number}]" if one is not extra else "extra"
+                raise UsageError(
+                    f"provenance: {where}.{name} has a line break or a control character in it:"
+                    f" {shown(value)}"
+                )
 
 
 def _frozen(arch_build: Any) -> Mapping[str, Mapping[str, Any]]:
@@ -478,6 +488,12 @@ def _check_template(spec: TaskSpec) -> None:
         raise UsageError(
             f"task spec: template_scm and template_upload are {both}",
             "the template comes from source control or is uploaded: give one of them",
+        )
+    if spec.template_scm is not None and has_secret(spec.template_scm):
+        raise UsageError(
+            "task spec: template_scm has a password, or a user name that may be a token, in it",
+            "everybody can read a task: use a repository that needs none, or SSH with the"
+            " builders' own key",
         )
     # Koji takes what is between ? and # for a directory in the checkout.
     _, _, module = (spec.template_scm or "").partition("#")[0].partition("?")

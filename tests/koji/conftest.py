@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 KOJIS = ["stand-in", pytest.param("real", marks=pytest.mark.real_koji)]
 
+pytest.register_assert_rewrite("taskflow")
+
 FIXTURES = ("any_koji", "stand_in_koji", "real_koji")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from koji_indirection import taskspec
 
 if TYPE_CHECKING:
     from harness.base import AnyKoji
@@ -133,6 +136,90 @@ def test_a_spec_out_of_bounds_is_a_parameter_error_that_names_the_field(
     with pytest.raises(koji.ParameterError) as caught:
         user.indirectionBuild(spec)
     assert words in str(caught.value)
+
+
+FAR_TOO_LONG = "x" * 200_000
+ODD_TEXT = ("", "a\nb", "a\tb", "a\u202eb", "a\u200bb", "a\u0085b", "a\u2028b", FAR_TOO_LONG)
+
+
+def wrong_values(schema: dict[str, Any], *, of_list: bool = False) -> Iterator[Any]:
+    """What must be refused wherever a schema stands: other types, and values out of bounds."""
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    other = {"string": "x", "integer": 7, "boolean": True, "array": ["x"], "object": {"x": 1}}
+    for kind, value in other.items():
+        if kind not in types:
+            yield value
+    yield 1.5
+    if "string" in types:
+        yield from ODD_TEXT
+        yield "x" * (schema.get("maxLength", 32) + 1)
+    if "integer" in types:
+        yield from (schema["minimum"] - 1, schema["maximum"] + 1, -(2**62), 2**62)
+    if "array" in types:
+        one = "http://h/" if schema["items"].get("pattern", "").startswith("^[Hh]") else "/r/"
+        yield [f"{one}{number}" for number in range(schema["maxItems"] + 1)]
+        yield [f"{one}x", f"{one}x"]
+        yield [[]] if of_list else [["/r/x"]]
+        for value in wrong_values(schema["items"], of_list=True):
+            yield [value]
+        if schema["minItems"]:
+            yield []
+
+
+def test_every_field_is_bounded_in_type_and_size(hub: AnyKoji, user: Any) -> None:
+    """None of these makes a task, and what is said of it is short and names the field."""
+    own = {name: one for name, one in taskspec.SCHEMA["properties"].items() if name != "build"}
+    build = taskspec.SCHEMA["properties"]["build"]["properties"]
+    asked = [(name, {name: value}) for name in own for value in wrong_values(own[name])]
+    for name, schema in build.items():
+        for number, value in enumerate(wrong_values(schema)):
+            asked.append((name, {"build": {name: value}}))
+            if number < 3:  # the same checks
+                asked.append((name, {"arch_build": {"x86_64": {name: value}}}))
+    asked += [("build", {"build": value}) for value in ("x", 7, ["x"], True)]
+    asked += [("field", {key: "x"}) for key in ("x", "a\nb", FAR_TOO_LONG, "__class__")]
+    asked += [("field", {"build": {key: "x"}}) for key in ("x", FAR_TOO_LONG)]
+    assert len(asked) > 400
+    before = task_count(hub)
+    taken = [changes for name, changes in asked if not is_refused(user, changes, name)]
+    assert [repr(changes)[:200] for changes in taken] == []
+    assert task_count(hub) == before
+
+
+def is_refused(user: Any, changes: dict[str, Any], field: str) -> bool:
+    import koji
+
+    spec = {**wire(), **changes}
+    try:
+        user.indirectionBuild(spec)
+    except koji.ParameterError as error:
+        assert field in str(error), (field, str(error)[:500])
+        assert len(str(error)) < 2000, field
+        return True
+    return False
+
+
+def task_count(hub: AnyKoji) -> int:
+    return len(hub.admin_session().listTasks({"method": "indirectionBuild"}))
+
+
+def test_a_template_url_with_a_password_is_refused_and_not_repeated(
+    hub: AnyKoji, user: Any
+) -> None:
+    import koji
+
+    before = task_count(hub)
+    for url in (
+        "git+https://me:hunter2@example.com/x.git#main",
+        "git+https://hunter2@example.com/x.git#main",
+        "git+ssh://me:hunter2@example.com/x.git#main",
+        "svn+http://me:hunter2@example.com/x#main",
+    ):
+        with pytest.raises(koji.ParameterError, match="everybody can read a task") as caught:
+            user.indirectionBuild(wire(template_scm=url))
+        assert "hunter2" not in str(caught.value)
+    assert task_count(hub) == before
+    assert user.indirectionBuild(wire(template_scm="git+ssh://me@example.com/x.git#main"))
 
 
 def test_a_target_that_does_not_exist_is_named(user: Any) -> None:
@@ -408,12 +495,12 @@ def test_a_hub_without_the_library_answers_all_other_calls(
 class Host:
     """The test in the builder's place: it opens a task, and completes its build."""
 
-    def __init__(self, koji: AnyKoji, user: Any) -> None:
+    def __init__(self, koji: AnyKoji, user: Any, name: str = "") -> None:
         from harness.base import HOST
 
         self.koji = koji
         self.user = user
-        self.session = koji._session(HOST)
+        self.session = koji._session(name or HOST)
         self.session.exclusiveSession(force=True)
 
     def open(self, **changes: Any) -> int:
@@ -696,3 +783,100 @@ def test_a_task_of_another_kind_has_nothing_to_record(
     with pytest.raises(koji.GenericError, match="is not an indirectionBuild task"):
         host.session.host.recordIndirectionInputs(task_id, 1, inputs_of(images, "x86_64"))
     hub.admin_session().cancelTask(task_id)
+
+
+OTHER_HOST = "other.test"
+
+
+@pytest.fixture
+def other_host(hub: AnyKoji, user: Any) -> Iterator[Host]:
+    """Another builder, with no tasks."""
+    admin = hub.admin_session()
+    if admin.getHost(OTHER_HOST) is None:
+        admin.addHost(OTHER_HOST, ["x86_64"])
+        admin.addHostToChannel(OTHER_HOST, "image")
+        hub._set_password(OTHER_HOST)
+    other = Host(hub, user, OTHER_HOST)
+    yield other
+    other.session.logout()
+
+
+def exported_calls() -> set[str]:
+    """The calls that our plugin adds to a hub, with their prefix."""
+    source = Path(__file__).parents[2] / "hub" / "indirection.py"
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            for decorator in node.decorator_list:
+                if isinstance(decorator, ast.Name) and decorator.id == "export":
+                    found.add(node.name)
+                if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == (
+                    "export_in"
+                ):
+                    (prefix,) = (ast.literal_eval(one) for one in decorator.args)
+                    found.add(f"{prefix}.{node.name}")
+    return found
+
+
+def test_each_call_is_refused_to_whoever_has_no_right_to_it(
+    hub: AnyKoji, host: Host, other_host: Host, images: dict[str, Any]
+) -> None:
+    import koji
+
+    task_id, build = host.build("x86_64")
+    busy = other_host.open(arches=["x86_64"])
+    record = (task_id, build["id"], inputs_of(images, "x86_64"), {})
+    nobody, mallory = hub.anonymous_session(), hub.user_session("mallory", perms=[])
+    admin = hub.admin_session()
+    refused_to: dict[str, list[tuple[Any, tuple[Any, ...]]]] = {
+        "indirectionBuild": [
+            (session, (wire(),)) for session in (nobody, mallory, host.session, other_host.session)
+        ],
+        "host.recordIndirectionInputs": [
+            *((session, record) for session in (nobody, mallory, host.user, admin)),
+            (other_host.session, record),
+            (other_host.session, (busy, *record[1:])),
+        ],
+    }
+    assert set(refused_to) == exported_calls(), "each call is in this table"
+    before = task_count(hub)
+    for name, attempts in refused_to.items():
+        for number, (session, arguments) in enumerate(attempts):
+            with pytest.raises((koji.ActionNotAllowed, koji.AuthError)) as caught:
+                session.callMethod(name, *arguments)
+            assert str(caught.value), (name, number)
+    assert task_count(hub) == before
+    assert not host.user.getBuild(build["id"])["extra"]
+    host.session.host.recordIndirectionInputs(*record)
+    assert host.user.getBuild(build["id"])["extra"]["indirection"]
+    admin.cancelTask(busy)
+
+
+def test_every_field_of_what_a_host_records_is_bounded(host: Host, images: dict[str, Any]) -> None:
+    import koji
+
+    task_id, build = host.build("x86_64")
+    good = inputs_of(images, "x86_64")
+    fields = taskspec.PROVENANCE_SCHEMA["properties"]["inputs"]["items"]["properties"]
+    asked: list[tuple[Any, Any]] = []
+    for name, schema in fields.items():
+        values = (
+            ("x", "", 7, FAR_TOO_LONG)
+            if "enum" in schema
+            else wrong_values({"minimum": 0, "maximum": 2, **schema})
+        )
+        asked += [([{**good[0], name: value}, good[1]], {}) for value in values]
+    for name, value in (
+        ("template_commit", FAR_TOO_LONG),
+        ("template_commit", "a\nb"),
+        ("template_commit", 7),
+        ("template_sha256", "x" * 64),
+        (FAR_TOO_LONG, "x"),
+    ):
+        asked.append((good, {name: value}))
+    asked += [(good * 50, {}), ("x", {}), ({}, {}), (good, "x"), (good, [])]
+    for inputs, extra in asked:
+        with pytest.raises(koji.GenericError) as caught:
+            host.session.host.recordIndirectionInputs(task_id, build["id"], inputs, extra)
+        assert len(str(caught.value)) < 2000
+    assert not host.user.getBuild(build["id"])["extra"]

@@ -73,6 +73,34 @@ def task_directory(task_id: int) -> str:
 # Sessions
 
 
+def test_a_renewed_session_has_its_tasks_and_must_go_on_counting_its_calls(
+    hub: AnyKoji, host: Any, task: int
+) -> None:
+    """koji's client begins at zero again, and the hub does not."""
+    import koji
+
+    child = host.subsession()
+    for _ in range(3):
+        child.host.setTaskWeight(task, 1.5)
+    expire(hub)
+    with pytest.raises(koji.SequenceError):
+        child.host.setTaskWeight(task, 2.0)
+    child.callnum += 1000
+    child.host.setTaskWeight(task, 2.0)
+    assert hub.task(task)["weight"] == 2.0
+    child.rsession.close()
+
+
+def expire(hub: AnyKoji) -> None:
+    """The builder's subsessions, as the hub does after SessionRenewalTimeout."""
+    hub.sql(
+        """
+        UPDATE sessions SET expired = TRUE WHERE closed = FALSE AND master IS NOT NULL
+            AND user_id = (SELECT id FROM users WHERE name = 'builder.test');
+        """
+    )
+
+
 def test_a_wrong_password_and_a_closed_session_are_authentication_errors(hub: AnyKoji) -> None:
     import koji
 

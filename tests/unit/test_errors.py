@@ -48,6 +48,11 @@ def test_the_last_line_is_one_line_whatever_the_message_holds() -> None:
     assert len(line.splitlines()) == 1
 
 
+def test_the_last_line_steers_no_terminal() -> None:
+    error = BuildFailed("a\x1b[31mb\x07c\x9bd", "\u202eleft")
+    assert error.one_line() == "build failed: a?[31mb?c?d (?left)"
+
+
 def test_the_kinds_are_told_apart_and_have_one_base() -> None:
     for kind in (BuildFailed, UsageError, BuilderFault):
         assert issubclass(kind, IndirectionError)

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
 from koji_indirection import kojibuild, sources, template
-from koji_indirection.config import _SECTIONS, Settings, load_settings
+from koji_indirection.config import _SECTIONS, Download, Settings, load_settings
 from koji_indirection.errors import BuilderFault, BuildFailed, UsageError
 from koji_indirection.kojibuild import ArchiveTypes, Inputs, LiveLogs, RunDirectory, Unsuitable
 from koji_indirection.taskspec import TaskSpec, check_provenance
@@ -333,6 +334,9 @@ def test_the_build_tags_repository_comes_after_those_of_the_spec() -> None:
     assert kojibuild.build_spec(daemon, asked, "x86_64", inputs()) == asked.build
     with pytest.raises(BuilderFault, match="there is no topurl here"):
         kojibuild.build_spec(DAEMON, asked, "x86_64", found)
+    secret = dataclasses.replace(DAEMON, topurl="https://me:hunter2@koji.example.com/kojifiles")
+    with pytest.raises(BuilderFault, match="no address that guests may know"):
+        kojibuild.build_spec(secret, asked, "x86_64", found)
 
 
 def test_a_build_tag_without_a_repository_is_told() -> None:
@@ -466,6 +470,63 @@ def test_an_upload_that_is_damaged_twice_is_the_builders_fault(iso: Path) -> Non
     with pytest.raises(BuilderFault, match=r"n-1-2\.iso, uploaded twice, is not on the hub as"):
         kojibuild.upload_verified(files.daemon(iso.parent), iso, "n-1-2.iso", ISO_SHA256)
     assert len(files.uploads) == 2
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    return waited
+
+
+def refusing(files: Files, directory: Path, *errors: Exception) -> kojibuild.Daemon:
+    """A hub that raises these errors, one for each of the first uploads."""
+    left = list(errors)
+
+    def upload(path: Path, name: str) -> None:
+        if left:
+            raise left.pop(0)
+        files.upload(path, name)
+
+    return dataclasses.replace(files.daemon(directory), upload=upload)
+
+
+def test_an_upload_is_made_again_while_the_hub_has_no_place_or_a_lock(
+    iso: Path, waits: list[float]
+) -> None:
+    files = Files()
+    trouble = (
+        Refused(1001, "[Errno 11] Resource temporarily unavailable"),
+        Refused(1, "Traceback ...\nOSError: [Errno 28] No space left on device"),
+        Refused(1000, "server returned wrong chunk size: 5 != 6"),
+    )
+    daemon = refusing(files, iso.parent, *trouble)
+    kojibuild.upload_verified(daemon, iso, "n-1-2.iso", ISO_SHA256)
+    assert files.content["n-1-2.iso"] == ISO
+    assert waits == list(kojibuild.UPLOAD_WAITS_SECONDS[:3])
+
+
+def test_an_upload_that_the_hub_never_takes_is_one_fault_with_its_reason(
+    iso: Path, waits: list[float]
+) -> None:
+    full = Refused(1, "Traceback ...\n  in upload\nOSError: [Errno 28] No space left on device\n")
+    daemon = refusing(Files(), iso.parent, *[full] * 99)
+    with pytest.raises(BuilderFault) as caught:
+        kojibuild.upload_verified(daemon, iso, "n-1-2.iso", ISO_SHA256)
+    assert caught.value.message == (
+        "n-1-2.iso cannot be uploaded: OSError: [Errno 28] No space left on device"
+    )
+    assert waits == list(kojibuild.UPLOAD_WAITS_SECONDS)
+
+
+@pytest.mark.parametrize("code", [1002, 1004, 1006, 1007])
+def test_an_upload_for_a_task_that_is_no_longer_ours_is_not_tried_again(
+    iso: Path, waits: list[float], code: int
+) -> None:
+    daemon = refusing(Files(), iso.parent, Refused(code, "not yours"))
+    with pytest.raises(Refused):
+        kojibuild.upload_verified(daemon, iso, "n-1-2.iso", ISO_SHA256)
+    assert waits == []
 
 
 def entry(**fields: Any) -> dict[str, Any]:
@@ -621,7 +682,7 @@ def test_a_hub_that_is_away_for_a_while_misses_nothing(
     ]
 
 
-@pytest.mark.parametrize("code", [1004, 1006, 1007])
+@pytest.mark.parametrize("code", [1002, 1004, 1006, 1007])
 def test_a_task_that_is_no_longer_ours_is_given_up_at_once(tmp_path: Path, code: int) -> None:
     class Refused(Exception):
         faultCode = code
@@ -727,3 +788,143 @@ def test_the_plugin_loads_without_what_it_needs_and_says_so_when_a_task_comes(
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("True True\n")
     assert reason in done.stdout
+
+
+def test_a_checkout_that_hangs_is_a_fault_and_its_programs_are_killed() -> None:
+    settings = Settings(download=Download(checkout_timeout_seconds=0.3))
+    marker = f"{os.getpid()}1"
+    with (
+        pytest.raises(BuilderFault, match=r"could not be checked out within 0.3 s"),
+        kojibuild.checkout_deadline(settings),
+    ):
+        for _ in range(2):  # as Koji's SCM runs one git after the other
+            subprocess.run(["sh", "-c", f"sleep {marker} & wait"])
+        raise RuntimeError("git was killed")
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [line for line in lines if marker.encode() in line]
+
+
+def test_a_checkout_in_time_is_left_alone() -> None:
+    with kojibuild.checkout_deadline(Settings()):
+        subprocess.run(["true"], check=True)
+    with pytest.raises(RuntimeError, match="own"), kojibuild.checkout_deadline(Settings()):
+        raise RuntimeError("its own reason")
+
+
+# --- subtasks ---------------------------------------------------------------------------------
+
+
+class Parent:
+    """A hub that has a task with subtasks, whose states a test sets."""
+
+    def __init__(self, **subtasks: str) -> None:
+        self.subtasks = {int(name[1:]): state for name, state in subtasks.items()}
+        self.task: dict[str, int] = {"state": 1, "host_id": 3}
+        self.refusal: Exception | None = None
+        self.cancelled: list[int] = []
+        self.looked = threading.Event()
+        self.host = self
+
+    def getID(self) -> int:
+        return 3
+
+    def getTaskInfo(self, task_id: int) -> dict[str, int]:
+        assert task_id == 5
+        self.looked.set()
+        if self.refusal is not None:
+            raise self.refusal
+        return self.task
+
+    def taskSetWait(self, task_id: int, subtasks: list[int]) -> None:
+        assert (task_id, subtasks) == (5, sorted(self.subtasks))
+
+    def taskWait(self, task_id: int) -> list[list[int]]:
+        running = [one for one, state in self.subtasks.items() if state == "open"]
+        return [[one for one in self.subtasks if one not in running], running]
+
+    def getTaskResult(self, task_id: int) -> str:
+        if self.subtasks[task_id] == "failed":
+            raise Refused(1005, "build failed: no luck")
+        return f"result of {task_id}"
+
+    def taskWaitResults(self, task_id: int, tasks: list[int], canfail: list[int]) -> list[Any]:
+        return [[one, self.subtasks[one]] for one in reversed(tasks)]
+
+    def cancelTaskChildren(self, task_id: int) -> None:
+        self.cancelled.append(task_id)
+
+    def wait(self, can_fail: tuple[int, ...] = ()) -> list[Any]:
+        daemon = dataclasses.replace(DAEMON, session=self)
+        return kojibuild.wait_for_subtasks(daemon, sorted(self.subtasks), can_fail)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kojibuild, "_SUBTASKS_SECONDS", 0.01)
+
+
+def later(action: Callable[[], object]) -> None:
+    threading.Timer(0.1, action).start()
+
+
+def test_subtasks_are_waited_for_and_give_their_results_in_order(at_once: None) -> None:
+    parent = Parent(t7="closed", t8="open")
+    later(lambda: parent.subtasks.update({8: "closed"}))
+    assert parent.wait() == ["closed", "closed"]
+    assert Parent(t7="failed", t8="closed").wait(can_fail=(7,)) == ["failed", "closed"]
+
+
+def test_kojid_wakes_who_waits_for_subtasks() -> None:
+    parent = Parent(t7="open")
+    handler = signal.getsignal(signal.SIGUSR2)
+
+    def end() -> None:
+        parent.subtasks[7] = "closed"
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    later(end)
+    started = time.monotonic()
+    assert parent.wait() == ["closed"]
+    assert time.monotonic() - started < kojibuild._SUBTASKS_SECONDS
+    assert signal.getsignal(signal.SIGUSR2) == handler
+
+
+def test_a_subtask_that_fails_ends_the_others(at_once: None) -> None:
+    parent = Parent(t7="failed", t8="open")
+    with pytest.raises(Refused, match="no luck"):
+        parent.wait()
+    assert parent.cancelled == [5]
+
+
+@pytest.mark.parametrize(
+    "task",
+    [{"state": 0, "host_id": None}, {"state": 1, "host_id": 4}, {"state": 3, "host_id": 3}],
+    ids=["freed", "another host's", "cancelled"],
+)
+def test_who_waits_for_subtasks_of_a_task_that_is_no_longer_its_own_stops(
+    at_once: None, task: Any
+) -> None:
+    parent = Parent(t7="open")
+    later(lambda: setattr(parent, "task", task))
+    with pytest.raises(KeyboardInterrupt):
+        parent.wait()
+    parent = Parent(t7="open")
+    parent.refusal = Refused(1006, "User locked by another session")
+    with pytest.raises(KeyboardInterrupt):
+        parent.wait()
+    assert parent.cancelled == [], "they are its successor's"
+
+
+def test_a_build_is_found_again_when_only_the_answer_to_its_making_was_lost() -> None:
+    class Lost:
+        def initImageBuild(self, task_id: int, info: dict[str, Any]) -> None:
+            raise Refused(1009, "unable to retry call 7")
+
+    found = [{"build_id": 3, "state": 0}]
+    hub = Hub(listBuilds=lambda taskID: found, getBuild=lambda build: BUILD, getNextRelease="2")
+    hub.host = Lost()
+    found_for = {"x86_64": inputs()}
+    assert kojibuild.init_build(hub, 5, spec(), found_for) == BUILD
+    del found[:]
+    with pytest.raises(Refused):
+        kojibuild.init_build(hub, 5, spec(), found_for)

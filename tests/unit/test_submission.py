@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -527,6 +528,9 @@ def test_a_dry_run_says_what_it_found(conf: Any) -> None:
     assert TaskSpec.from_dict(record["spec"]) == asked.spec
     assert record["inputs"]["x86_64"]["input_image"]["checksum_type"] == "sha256"
     assert record["inputs"]["aarch64"] == {"problem": "there is no image for aarch64"}
+    odd = dataclasses.replace(SOURCE, nvr="in\x1b]0;title\x07-1\x9b-1")
+    text = submission.dry_run_text(asked, [ArchInputs("x86_64", odd, SOURCE)])
+    assert all(line.isprintable() for line in text.splitlines())
 
 
 class NoBuilds:

@@ -23,7 +23,12 @@ from koji_indirection import kojibuild, sweep
 from .etc import covered
 
 # What our plugin gives the name of its configuration file.
-READERS = ((kojibuild, "task_settings"), (kojibuild, "runs_directory"), (sweep, "start"))
+READERS = (
+    (kojibuild, "task_settings"),
+    (kojibuild, "runs_directory"),
+    (kojibuild, "patient"),
+    (sweep, "start"),
+)
 
 log = logging.getLogger("standin.builder")
 

@@ -41,7 +41,9 @@ class Session:
         if found is None:
             raise koji.AuthError("Invalid session or bad credentials")
         if found["expired"]:
-            raise koji.AuthExpired(f'session "{self.id}" has expired')
+            if method != "login":
+                raise koji.AuthExpired(f'session "{self.id}" has expired')
+            return  # to be renewed; until then it is nobody's
         number = headers.get("Koji-Session-Callnum")
         if number is not None:
             self.callnum = int(number)
@@ -129,6 +131,17 @@ def _create(user_id: int | None, master: int | None = None) -> dict[str, Any]:
     return {"session-id": new, "session-key": key, "header-auth": True}
 
 
+def _renew(session_id: int, user_id: int) -> dict[str, Any]:
+    """The same session with another key; its lock and its master are what they were."""
+    key = f"{user_id}-{secrets.token_hex(16)}"
+    context.db.rows(
+        "UPDATE sessions SET key = %(key)s, expired = FALSE WHERE id = %(id)s",
+        key=key,
+        id=session_id,
+    )
+    return {"session-id": session_id, "session-key": key, "header-auth": True}
+
+
 class SessionCalls:
     """login, and what a session does to itself and its like."""
 
@@ -149,6 +162,8 @@ class SessionCalls:
         )
         if not password or found is None:
             raise koji.AuthError("invalid username or password")
+        if renew and context.session.id is not None:
+            return _renew(context.session.id, found["id"])
         return _create(found["id"])
 
     def subsession(self) -> dict[str, Any]:
