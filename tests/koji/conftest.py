@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from harness.base import AnyKoji
     from realkoji.real import RealKoji
     from standin.standin import StandInKoji
+    from taskflow import Submit
 
 KOJIS = ["stand-in", pytest.param("real", marks=pytest.mark.real_koji)]
 
@@ -55,6 +56,23 @@ def real_koji(request: pytest.FixtureRequest) -> Iterator[RealKoji]:
     with running_koji() as koji:
         yield koji
         koji.keep_logs = request.session.testsfailed > 0
+
+
+@pytest.fixture(scope="module")
+def koji(any_koji: AnyKoji) -> Iterator[AnyKoji]:
+    """With our builder plugin, and an image to build from."""
+    from taskflow import with_images
+
+    with with_images(any_koji) as koji:
+        yield koji
+
+
+@pytest.fixture
+def submit(koji: AnyKoji) -> Iterator[Submit]:
+    from taskflow import submitting
+
+    with submitting(koji) as submit:
+        yield submit
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -30,9 +30,7 @@ from taskflow import (
     fault_of,
     qemu_of,
     state_of,
-    submitting,
     wait_for_log,
-    with_images,
 )
 
 if TYPE_CHECKING:
@@ -59,18 +57,6 @@ CALLS_OF_THE_TASK = {
     "host.taskSetWait",
     "host.taskWait",
 }
-
-
-@pytest.fixture(scope="module")
-def koji(any_koji: AnyKoji) -> Iterator[AnyKoji]:
-    with with_images(any_koji) as koji:
-        yield koji
-
-
-@pytest.fixture
-def submit(koji: AnyKoji) -> Iterator[Submit]:
-    with submitting(koji) as submit:
-        yield submit
 
 
 @contextmanager
