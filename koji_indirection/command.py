@@ -567,7 +567,7 @@ def _order(options: argparse.Namespace) -> tuple[Order, Settings]:
 
 def _inputs(options: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
     """What an Order is made of, but for its output; looked at as far as that is quick."""
-    from . import arches, imagefile, network, parameters, template
+    from . import arches, filefetch, imagefile, network, parameters, template
 
     given = parameters.NONE
     if options.parameters is not None:
@@ -584,6 +584,8 @@ def _inputs(options: argparse.Namespace) -> tuple[dict[str, Any], Settings]:
         )
     network.require_allowed(spec.network, settings)
     parsed.require_network(spec.network)
+    for file in parsed.url_files:
+        filefetch.require_allowed(file.name, file.content, settings)
     utility_image = options.utility_image or given.utility_image()
     if utility_image is not None:
         imagefile.require_file(utility_image, imagefile.UTILITY_IMAGE)

@@ -74,6 +74,9 @@ class Parameters:
                 message, count = re.subn(rf"\b{field}\b", name, message)
                 ours = ours or count > 0
             if ours:
+                for name, field in _FIELDS.items():
+                    if field not in overridden:  # nor given in the file, and yet talked of
+                        message = re.sub(rf"\b{field}\b", name, message)
                 message = message.replace("build spec: ", f"{self.where}: ", 1)
             raise UsageError(message, error.hint) from None
 

@@ -43,8 +43,11 @@ disk() {
     return 1
 }
 
-# A disk has its virtio name on every bus: templates may name it, and its partition.
+# A disk has its virtio name on every bus: templates may name it, and its partition. The
+# variables have another one there, by what the disk is and not by where it was found.
+by_id=/dev/disk/by-id/indirection
 workspace_name=$WORKSPACE
+INDIRECTION_WORKSPACE=$WORKSPACE INDIRECTION_INPUT=$INPUT INDIRECTION_RESULTS_DIR=$RESULTS_DIR
 for entry in $DISKS; do
     name=${entry%:*}
     [ ! -e "$name" ] || continue
@@ -55,14 +58,20 @@ for entry in $DISKS; do
         done
     fi
     [ -n "$found" ] || continue
-    ln -s "$found" "$name"
-    [ ! -b "${found}1" ] || ln -s "${found}1" "${name}1"
-    [ "${name}1" != "$workspace_name" ] || WORKSPACE=${found}1
-    [ "$name" != "$INPUT" ] || INPUT=$found
+    mkdir -p "${by_id%/*}"
+    for new in "$name" "$by_id-${entry#*:}"; do
+        ln -s "$found" "$new"
+    done
+    if [ -b "${found}1" ]; then
+        ln -s "${found}1" "${name}1"
+        ln -s "${found}1" "$by_id-${entry#*:}-part1"
+    fi
+    [ "${name}1" != "$workspace_name" ] ||
+        WORKSPACE=${found}1 INDIRECTION_WORKSPACE=$by_id-workspace-part1
+    [ "$name" != "$INPUT" ] || INDIRECTION_INPUT=$by_id-input
 done
 
 # What templates and set-up steps may rely on; then a proxy, if the guest has a network.
-INDIRECTION_WORKSPACE=$WORKSPACE INDIRECTION_INPUT=$INPUT INDIRECTION_RESULTS_DIR=$RESULTS_DIR
 export INDIRECTION_WORKSPACE INDIRECTION_INPUT INDIRECTION_RESULTS_DIR
 if [ -n "$MEDIA_DEVICE" ]; then
     INDIRECTION_MEDIA=/run/koji-indirection-media
@@ -167,7 +176,7 @@ sample() {
     done </proc/meminfo
     workspace=0
     while read -r device directory _; do
-        case $device in "$WORKSPACE" | "$workspace_name") ;; *) continue ;; esac
+        case $device in "$WORKSPACE" | "$workspace_name" | "$INDIRECTION_WORKSPACE") ;; *) continue ;; esac
         workspace=$(used_bytes "$directory") && break
     done </proc/mounts
     report "{\"event\":\"sample\",\"memory_bytes\":$(((total - available) * 1024)),\"root_bytes\":$(used_bytes /),\"workspace_bytes\":$workspace}"

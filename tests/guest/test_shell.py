@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -15,7 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .conftest import COMMAND, SMALL, Builder, raw_copy, replace_in_root, wait_until
+import pytest
+
+from .conftest import (
+    COMMAND,
+    SMALL,
+    Builder,
+    raw_copy,
+    replace_in_root,
+    special_image,
+    wait_until,
+)
 
 TEMPLATE = """
 <template>
@@ -158,6 +169,37 @@ def test_a_shell_in_debian_has_job_control_and_its_terminal_for_itself(
         running.wait_for("Stopped", 60)
         assert "Stopped" in running.ask("jobs")
         running.type("poweroff -f\n")
+        assert running.finish(120) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "arch", "prompt"),
+    [
+        ("sysvinit", ("--memory", "512M"), "x86_64", "root@sysvinit:/# "),
+        ("openrc", ("--memory", "512M"), "x86_64", "root@openrc:/# "),
+        ("aarch64", ("--arch", "aarch64", "--memory", "512M"), "aarch64", PROMPT),
+    ],
+)
+def test_a_shell_in_guests_without_systemd_and_on_another_arch(
+    build: Builder,
+    tiny_image: Path,
+    tmp_path: Path,
+    kind: str,
+    options: tuple[str, ...],
+    arch: str,
+    prompt: str,
+) -> None:
+    if shutil.which(f"qemu-system-{arch}") is None:
+        pytest.skip(f"qemu-system-{arch} is not installed")
+    image = ("--utility-image", str(special_image(kind)), "--boot-timeout", "5m")
+    with shell(build, tiny_image, tmp_path, *image, *options) as running:
+        running.wait_for(prompt, 400)
+        assert f"{arch}\r\n" in running.ask("uname -m")
+        assert "/dev/vdb1 /input_image.raw /results/images\r\n" in running.ask(
+            'echo "$INDIRECTION_WORKSPACE $INDIRECTION_INPUT $INDIRECTION_RESULTS_DIR"'
+        )
+        assert "as in a build" in running.ask("cat /root/notes.txt")
+        running.type("exit\n")
         assert running.finish(120) == 0
 
 

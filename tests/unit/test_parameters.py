@@ -167,7 +167,10 @@ def test_a_wrong_parameter_is_refused_in_one_sentence(
     [
         ({"utility_cpus": 0}, "p.json: utility_cpus is 0 (it must be at least 1)"),
         ({"input_image_device": "sdb"}, "p.json: input_image_device is 'sdb'"),
-        ({"working_space_device": "vdc"}, "p.json: working_space_device is 'vdc' and there is no"),
+        (
+            {"working_space_device": "vdc"},
+            "working_space_device is 'vdc' and there is no input_image_",
+        ),
         ({"results_location": "boot.iso"}, "p.json: results_location"),
         ({"input_image_filename": "in.raw"}, "p.json: input_image_filename is 'in.raw'"),
         ({"input_image_file": "/../in.raw"}, "p.json: input_image_file"),
