@@ -180,6 +180,11 @@ def why_no_libvirtd() -> str:
     """What a private libvirtd would need and is not here; empty when it can be had."""
     if shutil.which("libvirtd") is None:
         return "libvirtd is not installed"
+    return why_no_namespace()
+
+
+def why_no_namespace() -> str:
+    """Why there is no private mount namespace; empty when there is."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
         return "a private mount namespace is not permitted here"
     return ""
@@ -346,14 +351,20 @@ class Builder:
         utility_image: Path | None = None,
         output: Path | None = None,
         runner: str | None = None,
+        tmp: Path | None = None,
     ) -> RunningBuild:
         """Start a build; without images the tiny one is both input and utility.
 
         runner -- Python text that runs the command line instead of the command.
+        tmp -- a directory that the build is to have for its /tmp.
         """
         scratch = self.directory / f"build-{len(self._started) + 1}"
         scratch.mkdir()
-        argv: list[object] = [COMMAND] if runner is None else [sys.executable, "-c", runner]
+        argv: list[object] = []
+        if tmp is not None:
+            script = 'mount --bind "$1" /tmp && shift && exec "$@"'
+            argv += ["unshare", "--mount", "sh", "-c", script, "sh", tmp]
+        argv += [COMMAND] if runner is None else [sys.executable, "-c", runner]
         argv += ["build", "--template", _template(commands, scratch)]
         argv += ["--input-image", input_image or self.default_image]
         if utility_image is not None:
