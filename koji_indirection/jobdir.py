@@ -34,7 +34,7 @@ _NAME = re.compile(rf"({PREFIX}|{_RUN_PREFIX})[0-9a-f]{{12}}")
 _DONE = b"done\n"
 _WATCHDOG_SECONDS = 30
 # Besides qemu's own and the appliance: what the rooms run on files of the job directory.
-_PROGRAMS = (b"mke2fs", b"debugfs", b"mkfs.xfs", b"xfs_db", b"cp")
+_PROGRAMS = (b"mke2fs", b"debugfs", b"mkfs.xfs", b"xfs_db", b"cp", b"git")
 
 
 @dataclass(frozen=True)
