@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import programs
+from . import appliancesockets, programs
 from .errors import BuilderFault, BuildFailed
 from .jobdir import python_environment
 
@@ -262,14 +262,17 @@ def _launched(
         cwd="/",
         start_new_session=True,
     )
+    sockets: set[Path] = set()
     try:
         # qemu stops a VM whose disk it cannot write, and says so to nobody.
         running = Appliance(child, limit, is_stuck=lambda: is_written and _is_full(job_dir))
         running.call("__setup__", **setup)
         running.call("launch", timeout_seconds=LAUNCH_TIMEOUT_SECONDS)
+        sockets = appliancesockets.of_group(child.pid)
         yield running
         # An orderly end: what was written must reach the disk image.
         running.call("shutdown")
+        running.call("close")
     except ApplianceError as error:
         # To what runs in the appliance a full disk of the host is an I/O error, or nothing at all.
         if _is_full(job_dir):
@@ -280,6 +283,7 @@ def _launched(
         raise
     finally:
         _kill_group(child)
+        appliancesockets.remove(sockets)
         with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in the kernel
             child.wait(5)
         for pipe in (child.stdin, child.stdout):
@@ -293,8 +297,10 @@ def _is_full(directory: Path) -> bool:
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    sockets = appliancesockets.of_group(child.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
+    appliancesockets.remove(sockets)
 
 
 def guestfs_module() -> Any:
@@ -340,6 +346,12 @@ def _perform(guest: Any, method: str, args: list[Any], kwargs: dict[str, Any]) -
         for drive in kwargs["drives"]:
             guest.add_drive_opts(drive["path"], format=drive["format"])
         return None
+    if method == "launch":
+        try:
+            return guest.launch()
+        except RuntimeError:
+            guest.close()  # or what it has made in /tmp would stay
+            raise
     if method == "download":
         with _file_size_limit(kwargs.pop("limit")):
             return guest.download(*args, **kwargs)

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import appliancesockets
 from .errors import BuilderFault
 
 PREFIX = "koji-indirection-"
@@ -33,7 +34,7 @@ _NAME = re.compile(rf"({PREFIX}|{_RUN_PREFIX})[0-9a-f]{{12}}")
 _DONE = b"done\n"
 _WATCHDOG_SECONDS = 30
 # Besides qemu's own and the appliance: what the rooms run on files of the job directory.
-_PROGRAMS = (b"mke2fs", b"debugfs", b"mkfs.xfs", b"xfs_db", b"cp")
+_PROGRAMS = (b"mke2fs", b"debugfs", b"mkfs.xfs", b"xfs_db", b"cp", b"git")
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,11 @@ def remove(path: Path) -> None:
 def kill_processes_of(names: Sequence[Path | str]) -> None:
     """SIGKILL every program of a build whose command line has one of the names in it.
 
+    With what libguestfs leaves elsewhere when it is killed.
     names -- directories of the build, or the name of its VM.
     """
     needles = [os.fsencode(name) for name in names]
+    sockets: set[Path] = set()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
@@ -129,8 +132,10 @@ def kill_processes_of(names: Sequence[Path | str]) -> None:
             or b"koji_indirection.appliance" in arguments
         )
         if ours and any(needle in arguments for needle in needles):
+            sockets |= appliancesockets.of_process(int(entry.name))
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(int(entry.name), signal.SIGKILL)
+    appliancesockets.remove(sockets)
 
 
 # --- what dead builds have left ---------------------------------------------------------------

@@ -13,7 +13,6 @@ import json
 import logging
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from . import programs
 from .config import Settings, require_within_limits
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
+from .jobdir import job_directory
 from .manifest import FILE_NAME as MANIFEST
 from .sources import ask
 from .spec import BuildSpec
@@ -125,8 +125,8 @@ def _prepare(
     enter(_from_info_on())
     enter(log_shown_on(display))
     display.phase("find")
-    with _temporary(settings.work_dir) as directory:
-        inputs = order.find_inputs(settings, directory)
+    with job_directory(settings.work_dir) as scratch:
+        inputs = order.find_inputs(settings, scratch.path)
     inputs.template.require_network(order.build.network)
     made = output.prepare(here.output, force=here.force)
     (made / output.LOGS / kojibuild.TEMPLATE_LOG).write_bytes(inputs.template_text)
@@ -179,20 +179,6 @@ def _settings(here: Here, order: LocalOrder) -> Settings:
     if settings.accel == "auto":
         given["accel"] = order.spec.accel
     return dataclasses.replace(settings, **given)
-
-
-@contextlib.contextmanager
-def _temporary(work_dir: Path) -> Iterator[Path]:
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        directory = tempfile.TemporaryDirectory(prefix="koji-indirection-inputs-", dir=work_dir)
-    except OSError as error:
-        raise BuilderFault(
-            f"the work directory {work_dir} cannot be written: {error.strerror}",
-            "name another one with --work-dir",
-        ) from error
-    with directory as path:
-        yield Path(path)
 
 
 @contextlib.contextmanager

@@ -114,6 +114,11 @@ def connect(
             name = f"{candidate}?root={_embed_root(run_dir, cache_dir, account)}"
         try:
             connection = _Call(libvirt.open, name).result(f"open {candidate}")
+            # From here on: starting a VM may take minutes, in which libvirtd answers these.
+            with contextlib.suppress(libvirt.libvirtError):  # the embedded driver has none
+                _Call(connection.setKeepAlive, _KEEPALIVE_SECONDS, _KEEPALIVE_COUNT).result(
+                    "promise to show that it lives", _SOON_SECONDS
+                )
             break
         except libvirt.libvirtError as error:
             reasons.append(f"{candidate}: {error.get_error_message()}")
@@ -309,10 +314,9 @@ def _subscribe(
         log.debug("libvirtd ended the connection, reason %d", reason)
         events.put("lost")
 
-    # The embedded driver, which lives in this process, has neither.
+    # The embedded driver, which lives in this process, has none.
     with contextlib.suppress(libvirt.libvirtError):
         connection.registerCloseCallback(closed, None)
-        connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
     register = connection.domainEventRegisterAny
     return [
         register(domain, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle, None),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import jobdir
+from . import appliancesockets, jobdir
 from .config import Settings, load_settings
 from .domain import NAME_PREFIX
 from .errors import UsageError
@@ -68,7 +69,9 @@ def main(config: Path) -> int:
         return 1
     runs = sweep_runs(runs_directory(settings))
     jobs = jobdir.sweep([settings.work_dir, jobdir.RUN_PARENT])
-    for path in [*runs, *jobs]:
+    runtime = os.environ.get("XDG_RUNTIME_DIR")  # of a user who is not root
+    sockets = appliancesockets.sweep({jobdir.RUN_PARENT, Path(runtime or jobdir.RUN_PARENT)})
+    for path in [*runs, *jobs, *sockets]:
         log.info("removed %s, which a dead build has left", path)
     for uri in [settings.connect] if settings.connect else ["qemu:///system"]:
         for name in _sweep_uri(uri):

@@ -425,7 +425,11 @@ class Watch:
                     "--command-timeout allows more time",
                 )
         if self._stage == "shutdown" and age > self._deadlines.shutdown:
-            log.warning("the guest did not power off within %.0f s; destroying it", age)
+            log.warning(
+                "the guest did not power off within %.0f s and is destroyed (--shutdown-timeout"
+                " allows more time)",
+                self._deadlines.shutdown,
+            )
             self.report.shutdown_seconds = self._enter("over")
 
     def _stage_age(self) -> float:

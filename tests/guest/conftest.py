@@ -183,7 +183,12 @@ def why_no_libvirtd(*namespaces: str) -> str:
     """
     if shutil.which("libvirtd") is None:
         return "libvirtd is not installed"
-    argv = ["unshare", "--mount", *namespaces, "true"]
+    return why_no_namespace(*namespaces)
+
+
+def why_no_namespace(*more: str) -> str:
+    """Why there is no private mount namespace, and these besides; empty when there are."""
+    argv = ["unshare", "--mount", *more, "true"]
     if subprocess.run(argv, capture_output=True).returncode != 0:
         return "private namespaces are not permitted here"
     return ""
@@ -352,14 +357,20 @@ class Builder:
         utility_image: Path | None = None,
         output: Path | None = None,
         runner: str | None = None,
+        tmp: Path | None = None,
     ) -> RunningBuild:
         """Start a build; without images the tiny one is both input and utility.
 
         runner -- Python text that runs the command line instead of the command.
+        tmp -- a directory that the build is to have for its /tmp.
         """
         scratch = self.directory / f"build-{len(self._started) + 1}"
         scratch.mkdir()
-        argv: list[object] = [COMMAND] if runner is None else [sys.executable, "-c", runner]
+        argv: list[object] = []
+        if tmp is not None:
+            script = 'mount --bind "$1" /tmp && shift && exec "$@"'
+            argv += ["unshare", "--mount", "sh", "-c", script, "sh", tmp]
+        argv += [COMMAND] if runner is None else [sys.executable, "-c", runner]
         argv += ["build", "--template", _template(commands, scratch)]
         argv += ["--input-image", input_image or self.default_image]
         if utility_image is not None:

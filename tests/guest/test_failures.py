@@ -213,6 +213,16 @@ def test_a_full_output_directory_is_a_fault_and_leaves_no_half_result(
         assert sorted(path.name for path in built.output.iterdir()) == ["logs", "manifest.json"]
 
 
+def test_logs_that_fill_the_output_directory_are_a_fault(build: Builder, tmp_path: Path) -> None:
+    with mounted_tmpfs(tmp_path / "full", "4M") as full:
+        built = build([("flood", "yes | head -c 20000000; sleep 3600")], output=full / "out")
+        assert built.status == 3
+        assert re.match(
+            r"builder fault: no space left on the file system of .*/out ", built.last_line
+        )
+        assert built.log("job.log").startswith("=== command 1 of 1: flood\ny\ny\n")
+
+
 def test_a_full_work_directory_is_a_fault(build: Builder) -> None:
     with mounted_tmpfs(build.work, "16M") as work:
         build([("never", "true")]).failed("no space left .*", status=3)

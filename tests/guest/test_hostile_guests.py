@@ -9,13 +9,21 @@ import os
 import re
 import struct
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .conftest import RESULT, Builder, RunningBuild, mounted_tmpfs, wait_until
+from .conftest import (
+    RESULT,
+    Builder,
+    RunningBuild,
+    mounted_tmpfs,
+    wait_until,
+    why_no_namespace,
+)
 
 MIB = 1024**2
 MOUNT = ("mount", "mount /dev/vdb1 /mnt && mkdir -p /mnt/results/images")
@@ -315,6 +323,41 @@ def test_a_killed_appliance_is_a_fault(build: Builder, phase: str) -> None:
     pid = wait_until(lambda: appliance_qemu(build), 60, "libguestfs's qemu runs")
     os.kill(pid, 9)
     running.finish(60).failed("libguestfs could not", status=3)
+
+
+@pytest.mark.parametrize("end", ["none", "interrupt", "task", "helper", "appliance"])
+def test_nothing_is_left_in_tmp(tiny_image: Path, end: str) -> None:
+    """libguestfs has its sockets there, whatever it is told, and removes them when it may."""
+    if why_no_namespace():
+        pytest.skip(why_no_namespace())
+    with tempfile.TemporaryDirectory(prefix="ki-test-", dir="/var/tmp") as name:
+        directory, tmp = Path(name), Path(name) / "tmp"
+        directory.chmod(0o711)
+        tmp.mkdir()
+        tmp.chmod(0o1777)
+        build = Builder(directory, tiny_image, directory)
+        running = build.start([MOUNT, ("make", RESULT)], tmp=tmp)
+        if end == "none":
+            running.finish().succeeded()
+        else:
+            running.wait_for_phase("inject")
+            qemu = wait_until(lambda: appliance_qemu(build), 60, "libguestfs's qemu runs")
+            assert list(tmp.glob("libguestfs*"))
+            helper = next(
+                pid
+                for pid, command in build.processes().items()
+                if "koji_indirection.appliance" in command
+            )
+            victim = {"task": running.process.pid, "helper": helper, "appliance": qemu}
+            if end == "interrupt":
+                running.interrupt()
+            else:
+                os.kill(victim[end], 9)
+            running.process.wait(60)
+        try:
+            wait_until(lambda: not build.leftovers() and not list(tmp.iterdir()), 10, "all gone")
+        finally:
+            print(*tmp.rglob("*"))
 
 
 # The whole of what kojid does to a task that is cancelled

@@ -137,3 +137,13 @@ def test_a_libvirtd_that_is_killed_or_hangs_is_a_fault_and_takes_the_vm_with_it(
     if number == signal.SIGKILL:
         libvirtd.start()
         assert libvirtd.domains() == []
+
+
+def test_a_libvirtd_that_hangs_before_the_vm_starts_is_not_waited_for_as_for_the_start(
+    build: Builder, libvirtd: Libvirtd, open_work: Path
+) -> None:
+    running = build.start([("never", "true")], *("--connect", libvirtd.uri, "--accel", "tcg"))
+    running.wait_for_phase("inject")
+    libvirtd.send(signal.SIGSTOP)
+    running.wait_for_phase("boot")
+    running.finish(60).failed("libvirt .* could not start the VM: .*keepalive", status=3)

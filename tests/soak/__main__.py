@@ -133,6 +133,7 @@ def measure(directory: Path) -> dict[str, int]:
         "domains": _domains(),
         "work directories": len(places),
         "socket directories": len(unused_run_directories()),
+        "libguestfs's": len(list(Path("/tmp").glob("libguestfs*"))),
         "mounts": len([line for line in mounts if str(directory) in line]),
         "disk (bytes)": sum(
             path.lstat().st_blocks * 512 for place in places for path in place.rglob("*")
