@@ -980,7 +980,8 @@ def _refusal_of_upload(daemon: Daemon, path: Path, name: str) -> str | None:
         if code is None or code in _LOST:
             raise
         # Of a traceback, the last line says what it was.
-        return hubcalls.one_line(Exception((str(error).strip() or "?").splitlines()[-1]))
+        text = str(getattr(error, "faultString", error)).strip() or "?"
+        return hubcalls.one_line(Exception(text.splitlines()[-1]))
     return None
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import xmlrpc.client
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -509,7 +510,8 @@ def test_an_upload_is_made_again_while_the_hub_has_no_place_or_a_lock(
 def test_an_upload_that_the_hub_never_takes_is_one_fault_with_its_reason(
     iso: Path, waits: list[float]
 ) -> None:
-    full = Refused(1, "Traceback ...\n  in upload\nOSError: [Errno 28] No space left on device\n")
+    traceback = "Traceback ...\n  in upload\nOSError: [Errno 28] No space left on device\n"
+    full = xmlrpc.client.Fault(1, traceback)
     daemon = refusing(Files(), iso.parent, *[full] * 99)
     with pytest.raises(BuilderFault) as caught:
         kojibuild.upload_verified(daemon, iso, "n-1-2.iso", ISO_SHA256)
