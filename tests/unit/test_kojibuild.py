@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import pytest
 
-from koji_indirection import kojibuild, sources, template
+from koji_indirection import kojibuild, sources, sweep, template
 from koji_indirection.config import _SECTIONS, Download, Settings, load_settings
 from koji_indirection.errors import BuilderFault, BuildFailed, UsageError
 from koji_indirection.kojibuild import ArchiveTypes, Inputs, LiveLogs, RunDirectory, Unsuitable
@@ -229,6 +229,9 @@ def test_each_run_of_a_task_has_a_directory_and_removes_those_of_dead_ones(tmp_p
     assert {link.readlink() for link in runs.iterdir()} == {first.path, second.path}
     first.remove()
     assert list(task.iterdir()) == [second.path]
+    killed = task / "run-killed"  # a moment ago: its watchdog was still there
+    killed.mkdir()
+    sweep.note_run(runs, killed)
     second.remove()
     assert not task.exists()
     assert list(runs.iterdir()) == []
