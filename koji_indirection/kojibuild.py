@@ -185,14 +185,22 @@ class RunDirectory:
         return cls(path, runs, lock)
 
     def remove(self) -> None:
-        """And the task's own, if no other run is in it."""
+        """And those of runs before it that were killed, which their watchdogs may still have
+        guarded when this one began; the task's own, if no other run is in it.
+        """
         jobdir.remove(self.path)
         os.close(self._lock)
-        if self.runs is not None:
-            with contextlib.suppress(OSError):
-                sweep.forget_run(self.runs, self.path)
+        self._forget(self.path)
+        for left in self.path.parent.glob("run-*"):
+            if jobdir.remove_if_dead(left):
+                self._forget(left)
         with contextlib.suppress(OSError):
             self.path.parent.rmdir()
+
+    def _forget(self, path: Path) -> None:
+        if self.runs is not None:
+            with contextlib.suppress(OSError):
+                sweep.forget_run(self.runs, path)
 
 
 def runs_directory(config: Path) -> Path:
@@ -980,7 +988,8 @@ def _refusal_of_upload(daemon: Daemon, path: Path, name: str) -> str | None:
         if code is None or code in _LOST:
             raise
         # Of a traceback, the last line says what it was.
-        return hubcalls.one_line(Exception((str(error).strip() or "?").splitlines()[-1]))
+        text = str(getattr(error, "faultString", error)).strip() or "?"
+        return hubcalls.one_line(Exception(text.splitlines()[-1]))
     return None
 
 

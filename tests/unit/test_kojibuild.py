@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+import xmlrpc.client
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from koji_indirection import kojibuild, sources, template
+from koji_indirection import kojibuild, sources, sweep, template
 from koji_indirection.config import _SECTIONS, Download, Settings, load_settings
 from koji_indirection.errors import BuilderFault, BuildFailed, UsageError
 from koji_indirection.kojibuild import ArchiveTypes, Inputs, LiveLogs, RunDirectory, Unsuitable
@@ -228,6 +229,9 @@ def test_each_run_of_a_task_has_a_directory_and_removes_those_of_dead_ones(tmp_p
     assert {link.readlink() for link in runs.iterdir()} == {first.path, second.path}
     first.remove()
     assert list(task.iterdir()) == [second.path]
+    killed = task / "run-killed"  # a moment ago: its watchdog was still there
+    killed.mkdir()
+    sweep.note_run(runs, killed)
     second.remove()
     assert not task.exists()
     assert list(runs.iterdir()) == []
@@ -509,7 +513,8 @@ def test_an_upload_is_made_again_while_the_hub_has_no_place_or_a_lock(
 def test_an_upload_that_the_hub_never_takes_is_one_fault_with_its_reason(
     iso: Path, waits: list[float]
 ) -> None:
-    full = Refused(1, "Traceback ...\n  in upload\nOSError: [Errno 28] No space left on device\n")
+    traceback = "Traceback ...\n  in upload\nOSError: [Errno 28] No space left on device\n"
+    full = xmlrpc.client.Fault(1, traceback)
     daemon = refusing(Files(), iso.parent, *[full] * 99)
     with pytest.raises(BuilderFault) as caught:
         kojibuild.upload_verified(daemon, iso, "n-1-2.iso", ISO_SHA256)
