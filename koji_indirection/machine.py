@@ -228,6 +228,12 @@ def start(hypervisor: Hypervisor, spec: Domain) -> Iterator[Machine]:
             machine = Machine(domain, spec, events)
             _Call(domain.resume).result("let the VM run")
         except libvirt.libvirtError as error:
+            if not _is_alive(connection):
+                raise BuilderFault(
+                    f"libvirtd ({hypervisor.uri}) ended, or does not answer any more, before the VM"
+                    " ran",
+                    "see its log",
+                ) from error
             on = f" on network {spec.network!r}" if spec.network is not None else ""
             raise BuilderFault(
                 f"libvirt ({hypervisor.uri}) could not start the VM{on}:"
@@ -244,6 +250,13 @@ def start(hypervisor: Hypervisor, spec: Domain) -> Iterator[Machine]:
         if machine is not None:
             for stream in (machine.console, machine.status, machine.log):
                 stream.close()
+
+
+def _is_alive(connection: Any) -> bool:
+    try:
+        return bool(_Call(connection.isAlive).result("tell whether it lives", _SOON_SECONDS))
+    except (libvirt_module().libvirtError, BuilderFault):
+        return False
 
 
 def _end(libvirt: Any, connection: Any, name: str, callbacks: Sequence[int]) -> None:

@@ -146,4 +146,6 @@ def test_a_libvirtd_that_hangs_before_the_vm_starts_is_not_waited_for_as_for_the
     running.wait_for_phase("inject")
     libvirtd.send(signal.SIGSTOP)
     running.wait_for_phase("boot")
-    running.finish(60).failed("libvirt .* could not start the VM: .*keepalive", status=3)
+    running.finish(60).failed(
+        "libvirtd .* ended, or does not answer any more, before the VM ran", status=3
+    )
