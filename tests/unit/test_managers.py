@@ -1,4 +1,4 @@
-"""Repositories and packages with the real dnf and zypper, which Debian has too.
+"""Repositories and packages with the real dnf and zypper, which Debian has too, and its apt.
 
 They work on a directory in the place of a guest's root. Only yum and dnf5, which Debian
 does not have, are pretended in test_guestsetup.py alone.
@@ -7,6 +7,7 @@ does not have, are pretended in test_guestsetup.py alone.
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import re
 import shutil
@@ -91,6 +92,18 @@ def served(directory: Path, certificate: Path | None = None) -> Iterator[str]:
         thread.join()
 
 
+def certificate_of_nobody(directory: Path) -> Path:
+    """For 127.0.0.1, and signed by itself alone."""
+    certificate, key = directory / "server.pem", directory / "server.key"
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-batch"]
+    new += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    new += ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(new, check=True, capture_output=True)
+    with certificate.open("a") as file:
+        file.write(key.read_text())
+    return certificate
+
+
 @pytest.fixture
 def address(repository: Path) -> Iterator[str]:
     with served(repository) as host:
@@ -171,13 +184,7 @@ def test_a_repository_without_metadata_is_named(guest: Guest, address: str) -> N
 def test_a_certificate_is_checked_only_where_the_template_says_so(
     guest: Guest, repository: Path, tmp_path: Path
 ) -> None:
-    certificate = tmp_path / "server.pem"
-    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-batch"]
-    new += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    new += ["-keyout", str(certificate), "-out", str(tmp_path / "server.crt")]
-    subprocess.run(new, check=True, capture_output=True)
-    with certificate.open("a") as file:
-        file.write((tmp_path / "server.crt").read_text())
+    certificate = certificate_of_nobody(tmp_path)
     with served(repository, certificate) as host:
         believed = guest.run("repositories", job(f"https://{host}/"))
         assert believed.status == 0, believed.output
@@ -200,3 +207,63 @@ def test_packages_are_installed_from_the_media_alone(guest: Guest, repository: P
     installed = guest.run("packages", wanted)
     assert installed.status == 0, installed.output
     assert (guest.root / "opt/tool").exists()
+
+
+# apt, which guests of tests/guest install with; here only what it believes.
+
+APT_CONF = """\
+Dir "{root}";
+Dir::Bin::methods "/usr/lib/apt/methods";
+APT::Sandbox::User "root";
+"""
+
+
+@pytest.fixture
+def debian(tmp_path: Path) -> Guest:
+    if shutil.which("apt-get") is None:
+        pytest.skip("apt is not installed")
+    guest = Guest(tmp_path, ["dash"])
+    guest.manager("apt", f'APT_CONFIG={tmp_path}/apt.conf exec /usr/bin/apt-get "$@"')
+    (tmp_path / "apt.conf").write_text(APT_CONF.format(root=guest.root))
+    for directory in ("var/lib/apt/lists/partial", "var/cache/apt", "etc/apt/apt.conf.d"):
+        (guest.root / directory).mkdir(parents=True)
+    return guest
+
+
+@pytest.fixture
+def debs(tmp_path: Path) -> Path:
+    """A flat repository with nothing in it, and nobody's signature."""
+    directory = tmp_path / "debs"
+    directory.mkdir()
+    (directory / "Packages").write_text("")
+    digest = hashlib.sha256(b"").hexdigest()
+    (directory / "Release").write_text(
+        f"Suite: test\nDate: Tue, 24 Nov 2020 00:00:00 UTC\nSHA256:\n {digest} 0 Packages\n"
+    )
+    return directory
+
+
+def declare(guest: Guest, url: str, **fields: bool) -> tuple[int, str]:
+    repository = Repository("the tools", url, **fields)
+    ended = guest.run("repositories", GuestJob(COMMANDS, repositories=(repository,)))
+    return ended.status, ended.reason
+
+
+def test_apt_asks_for_a_signature_only_where_the_template_says_so(
+    debian: Guest, debs: Path
+) -> None:
+    with served(debs) as host:
+        assert declare(debian, f"http://{host}/") == (0, "")
+        status, reason = declare(debian, f"http://{host}/", signed=True)
+    assert status == 1
+    assert re.match("repository 'the tools' cannot be used: .*not signed", reason), reason
+
+
+def test_apt_checks_a_certificate_only_where_the_template_says_so(
+    debian: Guest, debs: Path, tmp_path: Path
+) -> None:
+    with served(debs, certificate_of_nobody(tmp_path)) as host:
+        status, reason = declare(debian, f"https://{host}/", sslverify=True)
+        assert declare(debian, f"https://{host}/") == (0, "")
+    assert status == 1
+    assert re.match("repository 'the tools' cannot be used: .*certificate", reason), reason
