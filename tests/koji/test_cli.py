@@ -621,7 +621,7 @@ def test_a_local_build_takes_its_template_from_source_control_and_says_the_commi
     ("arguments", "status", "message"),
     [
         (["--template-scm=file:///etc#main"], 2, "cannot be checked out here (write git+https:"),
-        (["--template-scm=git+http://u:secret@h/r#main"], 2, "without a password"),
+        (["--template-scm=git+http://u:secret@h/r#main"], 2, "template_scm has a password"),
         (["--template-scm=git+http://127.0.0.1:1/r.git#main"], 1, "git cannot check out git+http:"),
         (["--input-image=no-such-1"], 2, "there is no such build"),
         (["--settings=/no/such.conf"], 2, "/no/such.conf do not exist"),
