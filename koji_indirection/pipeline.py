@@ -572,6 +572,7 @@ class _Build(_Guest):
             job=spec.job_timeout_seconds,
             command=spec.command_timeout_seconds,
             shutdown=spec.shutdown_timeout_seconds or SHUTDOWN_TIMEOUT_SECONDS[kind],
+            silence=self.settings.max_silence_seconds,
         )
         limit = self.settings.max_log_bytes
         failure: IndirectionError | None
