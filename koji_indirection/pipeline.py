@@ -440,7 +440,11 @@ class _Guest:
         """Put the job into the overlay; what was found in it, and the firmware it boots by."""
         drive = Drive(str(overlay.path), overlay.format, readonly=False)
         with appliance.appliance(
-            [drive], _INJECT_TIME_LIMIT, accel_kind=self.accel.kind, job_dir=self.job.path
+            [drive],
+            _INJECT_TIME_LIMIT,
+            accel_kind=self.accel.kind,
+            job_dir=self.job.path,
+            run_dir=self.job.run,
         ) as running:
             self.record.versions["libguestfs"] = running.version()
             boot_paths = bootpath.examine(running)
@@ -625,7 +629,11 @@ class _Build(_Guest):
         )
         try:
             with appliance.appliance(
-                drives, limit, accel_kind=self.accel.kind, job_dir=self.job.path
+                drives,
+                limit,
+                accel_kind=self.accel.kind,
+                job_dir=self.job.path,
+                run_dir=self.job.run,
             ) as running:
                 self._collect_logs(running)
                 if failure is None:
