@@ -209,7 +209,12 @@ class Appliance:
 
 @contextlib.contextmanager
 def appliance(
-    drives: Sequence[Drive], limit: TimeLimit = TIME_LIMIT, *, accel_kind: str, job_dir: Path
+    drives: Sequence[Drive],
+    limit: TimeLimit = TIME_LIMIT,
+    *,
+    accel_kind: str,
+    job_dir: Path,
+    run_dir: Path | None = None,
 ) -> Iterator[Appliance]:
     """Launch an appliance on these drives; shut it down, or kill it, at the end.
 
@@ -217,6 +222,8 @@ def appliance(
     accel_kind -- "kvm" or "tcg": the verdict of accel.py. libguestfs must not
         find out for itself: it believes a /dev/kvm on which guests hang.
     job_dir -- holds libguestfs's temporary files, and names the child for the watchdog.
+    run_dir -- holds the file that qemu keeps what the appliance changes of itself in; it removes
+        that at once, unless it is killed in just that moment. None: as qemu has it, /var/tmp.
     """
     with contextlib.ExitStack() as stack:
         writable = [
@@ -224,7 +231,9 @@ def appliance(
             for drive in drives
         ]
         is_written = any(not drive.readonly for drive in drives)
-        yield stack.enter_context(_launched(writable, limit, is_written, accel_kind, job_dir))
+        yield stack.enter_context(
+            _launched(writable, limit, is_written, accel_kind, job_dir, run_dir)
+        )
 
 
 @contextlib.contextmanager
@@ -246,7 +255,12 @@ def _read_through(drive: Drive, job_dir: Path) -> Iterator[Drive]:
 
 @contextlib.contextmanager
 def _launched(
-    drives: Sequence[Drive], limit: TimeLimit, is_written: bool, accel_kind: str, job_dir: Path
+    drives: Sequence[Drive],
+    limit: TimeLimit,
+    is_written: bool,
+    accel_kind: str,
+    job_dir: Path,
+    run_dir: Path | None,
 ) -> Iterator[Appliance]:
     setup: dict[str, Any] = {
         "drives": [asdict(drive) for drive in drives],
@@ -258,7 +272,7 @@ def _launched(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=python_environment(),
+        env={**python_environment(), **_temporary_files_in(run_dir)},
         cwd="/",
         start_new_session=True,
     )
@@ -290,6 +304,15 @@ def _launched(
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+def _temporary_files_in(run_dir: Path | None) -> dict[str, str]:
+    if run_dir is None:
+        return {}
+    # The appliance itself stays where libguestfs looks for it, or it would be made each time.
+    temporary = os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108
+    cache = os.environ.get("LIBGUESTFS_CACHEDIR") or temporary
+    return {"TMPDIR": str(run_dir), "LIBGUESTFS_CACHEDIR": cache}
 
 
 def _is_full(directory: Path) -> bool:

@@ -205,6 +205,14 @@ def _add_build(commands: Any) -> None:
         f" (default: {format_size(settings.max_log_bytes)})",
     )
     machine.add_argument(
+        "--max-silence",
+        type=_duration,
+        dest="max_silence_seconds",
+        metavar="TIME",
+        help="without any sign of life of the guest during the job"
+        f" (default: {format_duration(settings.max_silence_seconds).replace(' ', '')})",
+    )
+    machine.add_argument(
         "--max-collect-time",
         type=_duration,
         dest="max_collect_seconds",

@@ -89,6 +89,7 @@ class Settings:
     max_timeout_seconds -- of the job, and so of each command.
     max_boot_timeout_seconds, max_shutdown_timeout_seconds -- of these two.
     max_disk_bytes -- what the guest's disks may take on the host, all together.
+    max_silence_seconds -- how long a guest may say nothing at all during its job.
     max_collect_seconds -- for all that is read from the guest's disks at the end.
     max_cache_bytes -- of all fetched images together.
     cache_keep_free_bytes -- what fetched images leave free on their file system.
@@ -120,6 +121,7 @@ class Settings:
     max_boot_timeout_seconds: int = 2 * HOUR_SECONDS
     max_shutdown_timeout_seconds: int = HOUR_SECONDS
     max_disk_bytes: int = 100 * GIB
+    max_silence_seconds: int = 600
     max_collect_seconds: int = 2 * HOUR_SECONDS
     max_cache_bytes: int = 50 * GIB
     cache_keep_free_bytes: int = 2 * GIB
@@ -341,6 +343,7 @@ _SECTIONS: Mapping[str, Mapping[str, _Key]] = {
         "max_boot_timeout": ("max_boot_timeout_seconds", _seconds),
         "max_shutdown_timeout": ("max_shutdown_timeout_seconds", _seconds),
         "max_disk_size": ("max_disk_bytes", parse_size),
+        "max_silence": ("max_silence_seconds", _seconds),
         "max_collect_time": ("max_collect_seconds", _seconds),
     },
     "cache": {

@@ -442,7 +442,11 @@ class _Guest:
         """Put the job into the overlay; what was found in it, and the firmware it boots by."""
         drive = Drive(str(overlay.path), overlay.format, readonly=False)
         with appliance.appliance(
-            [drive], _INJECT_TIME_LIMIT, accel_kind=self.accel.kind, job_dir=self.job.path
+            [drive],
+            _INJECT_TIME_LIMIT,
+            accel_kind=self.accel.kind,
+            job_dir=self.job.path,
+            run_dir=self.job.run,
         ) as running:
             self.record.versions["libguestfs"] = running.version()
             boot_paths = bootpath.examine(running)
@@ -574,6 +578,7 @@ class _Build(_Guest):
             job=spec.job_timeout_seconds,
             command=spec.command_timeout_seconds,
             shutdown=spec.shutdown_timeout_seconds or SHUTDOWN_TIMEOUT_SECONDS[kind],
+            silence=self.settings.max_silence_seconds,
         )
         limit = self.settings.max_log_bytes
         failure: IndirectionError | None
@@ -626,7 +631,11 @@ class _Build(_Guest):
         )
         try:
             with appliance.appliance(
-                drives, limit, accel_kind=self.accel.kind, job_dir=self.job.path
+                drives,
+                limit,
+                accel_kind=self.accel.kind,
+                job_dir=self.job.path,
+                run_dir=self.job.run,
             ) as running:
                 self._collect_logs(running)
                 if failure is None:

@@ -41,18 +41,22 @@ _NOT_BOOTABLE = re.compile(
 _NOT_SIGNED = re.compile(rb"BdsDxe: failed to (load|start) .*: (Access Denied|Security Violation)")
 # A guest that lives sends a sample every five seconds, whatever its console says.
 _SILENCE_AFTER_PANIC_SECONDS = 12.0
-_SILENCE_OF_A_JOB_SECONDS = 600.0
 _DISK_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """In seconds: how long each stage may take."""
+    """In seconds: how long each stage may take.
+
+    silence -- how long nothing at all may come from a guest during the job: one that lives sends
+        a sample every five seconds.
+    """
 
     boot: float
     job: float
     command: float | None
     shutdown: float
+    silence: float = 600
 
 
 @dataclass
@@ -403,11 +407,12 @@ class Watch:
                 "see logs/console.log and logs/screenshot.png; --boot-timeout allows more time",
             )
         if self._stage == "job":
-            if time.monotonic() - self._last_heard > _SILENCE_OF_A_JOB_SECONDS:
+            if time.monotonic() - self._last_heard > self._deadlines.silence:
                 raise BuildFailed(
-                    f"the guest has said nothing at all for {_SILENCE_OF_A_JOB_SECONDS:.0f} s"
+                    f"the guest has said nothing at all for {self._deadlines.silence:.0f} s"
                     f"{self._during()}",
-                    "it hangs, or something in it killed the job; see logs/screenshot.png",
+                    "it hangs, or something in it killed the job, see logs/screenshot.png;"
+                    " --max-silence (max_silence on a builder) allows more",
                 )
             if age > self._deadlines.job:
                 raise BuildFailed(

@@ -165,3 +165,24 @@ def test_a_disk_that_is_only_read_is_read_through_an_overlay_that_names_its_form
     drives = [{"path": "/x", "format": "raw", "readonly": True}]
     appliance._perform(guest, "__setup__", [], {"drives": drives, "force_tcg": True, "tmpdir": "/"})
     assert asked == [("/x", {"format": "raw"})]
+
+
+@pytest.mark.parametrize(
+    ("environ", "cache"),
+    [
+        ({}, "/var/tmp"),
+        ({"TMPDIR": "/big"}, "/big"),
+        ({"TMPDIR": "/big", "LIBGUESTFS_CACHEDIR": "/cache"}, "/cache"),
+    ],
+)
+def test_temporary_files_are_the_builds_and_the_appliance_stays_where_it_is(
+    environ: dict[str, str], cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TMPDIR", "LIBGUESTFS_CACHEDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert appliance._temporary_files_in(tmp_path) == {
+        "TMPDIR": str(tmp_path),
+        "LIBGUESTFS_CACHEDIR": cache,
+    }

@@ -223,6 +223,7 @@ def test_a_shell_takes_what_a_build_takes_of_guest_and_machine_and_needs_a_termi
         *("--output", "--force", "--collect-log", "--json", "-v", "--verbose", "-q", "--quiet"),
         *("--job-timeout", "--command-timeout", "--shutdown-timeout"),
         *("--max-results", "--max-result-size", "--max-log-size", "--max-collect-time"),
+        "--max-silence",
     }
     said = run("shell", "--input-image", image, "--template", template)
     assert (said.status, said.out) == (2, "")
@@ -475,6 +476,7 @@ OPTIONS = [
     ([], Settings, {"networks": ("user",), "file_hosts": ("*",)}),
     (["--max-disk-size", "9G"], Settings, {"max_disk_bytes": 9 * GIB}),
     (["--max-collect-time", "9m"], Settings, {"max_collect_seconds": 540}),
+    (["--max-silence", "8m"], Settings, {"max_silence_seconds": 480}),
 ]
 
 

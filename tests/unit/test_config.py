@@ -39,6 +39,7 @@ max_boot_timeout = 10m
 max_shutdown_timeout = 5m
 max_disk_size = 7G
 max_collect_time = 20m
+max_silence = 3m
 
 [cache]
 max_size = 200G
@@ -88,6 +89,7 @@ def test_every_key_is_read_with_its_unit(tmp_path: Path) -> None:
         max_shutdown_timeout_seconds=300,
         max_disk_bytes=7 * GIB,
         max_collect_seconds=1200,
+        max_silence_seconds=180,
         max_cache_bytes=200 * GIB,
         cache_keep_free_bytes=5 * GIB,
         cache_verify=True,

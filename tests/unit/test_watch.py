@@ -573,19 +573,18 @@ def test_a_command_deadline_counts_each_command_anew(watched: Watched) -> None:
     assert watched.report.commands[0].status == 0
 
 
-def test_a_job_that_says_nothing_at_all_is_given_up(
-    watched: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_says_nothing_at_all_is_given_up(watched: Watched) -> None:
     """Not even a sample, which a guest that lives sends every five seconds."""
-    monkeypatch.setattr(watch, "_SILENCE_OF_A_JOB_SECONDS", 0.6)
+    deadlines = Deadlines(boot=20, job=20, command=None, shutdown=20, silence=0.6)
 
     def script(guest: Guest) -> None:
         guest.start_job()
         guest.start_command(1)
 
-    error = watched.failure(script)
+    error = watched.failure(script, deadlines)
     assert isinstance(error, BuildFailed)
     assert error.message == ("the guest has said nothing at all for 1 s, during command 'mount'")
+    assert error.hint.endswith("--max-silence (max_silence on a builder) allows more")
 
 
 # Reports that make no sense
