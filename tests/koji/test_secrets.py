@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from harness.base import AnyKoji
 
 WORD = "hunter2"
-# The word itself is not in the template. Nowhere in the guest's files, environment or arguments:
+# The word itself is not in the template. Nowhere in the guest's files, environment or arguments;
+# programs and modules are passed over, which take an emulated grep minutes.
 LOOK = """
 word=hunter; word=${word}2
 places=$(ls -d /* | grep -v -e proc -e sys -e dev)
-found=$(grep -rls "$word" $places; env | grep "$word"; grep -ls "$word" /proc/[0-9]*/environ)
-[ -z "$found" ] || { echo "found: $found"; exit 9; }
+found=$(find $places -type f -size -200k -exec grep -Fls "$word" {} +)
+found="$found $(env | grep "$word"; grep -ls "$word" /proc/[0-9]*/environ)"
+[ "$found" = " " ] || { echo "found: $found"; exit 9; }
 grep -q "$word" /proc/cmdline && exit 9
 true
 """
@@ -51,7 +53,7 @@ def submit(koji: AnyKoji) -> Iterator[Submit]:
 def builder_with(koji: AnyKoji, topurl: str, more: str) -> Iterator[None]:
     koji.builder_restart(
         settings={"topurl": topurl, "max_retries": "2"},
-        plugin_conf=builder_conf(koji, more, cache="secret-cache"),
+        plugin_conf=builder_conf(koji, more, cache="quiet-cache"),
     )
     try:
         yield
@@ -99,14 +101,16 @@ def test_passwords_of_a_builders_urls_reach_neither_users_nor_guests(
             assert with_the_word(told) == []
             own = re.compile(rf"\b{PASSWORD}\b")  # of the builder, at the hub
             assert [where for where, text in told.items() if own.search(text)] == []
-            assert f"{koji.topurl}/" not in told["task.log"], "its password has been cut out of it"
-            assert f"http://me:***@{host}" in told["task.log"]
+            assert f"http://***@{host}" in told["task.log"], "it has been cut out"
             assert build_of(koji, built)["extra"]["indirection"]
     # The proxy has gone.
     with builder_with(koji, f"http://me:{WORD}@{host}", more):
-        (koji.work / "secret-cache" / "images").rename(koji.work / "secret-cache" / "old")
+        (koji.work / "quiet-cache" / "images").rename(koji.work / "quiet-cache" / "old")
         failed = submit(MAKE_ISO)
         koji.wait_task(failed, 120)
         assert state_of(koji, failed) == ("FAILED", "FAILED")
-        assert f"from http://me:***@{host}" in fault_of(koji, failed)
+        assert f"from http://***@{host}" in fault_of(koji, failed)
         assert with_the_word(told_by(koji, failed)) == []
+    logs = {path.name: path.read_text(errors="replace") for path in koji.logs.glob("builder*.log")}
+    assert logs
+    assert with_the_word(logs) == [], "nor kojid's own log"
