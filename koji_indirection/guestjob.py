@@ -60,7 +60,7 @@ class GuestJob:
     network -- "user", a libvirt network's name, or None: what to wait for.
     media -- (device, file system) of a disk with packages, or None.
     commands -- those of the template that run; skipped -- those for other arches.
-    environment -- more variables for set-up and commands; may hold a proxy's password.
+    environment -- more variables for set-up and commands.
     workspace -- the device with the workspace's file system.
     input -- the input image's device, or its path in the workspace.
     serial_reports -- whether status and log go to serial ports: there are no virtio ones.
