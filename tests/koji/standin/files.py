@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def move(source: Path, target: Path) -> None:
     if source.is_symlink() or not source.is_file():
         raise koji.GenericError(f"Error moving {source}: it is not a regular file")
     target.parent.mkdir(parents=True, exist_ok=True)
-    source.rename(target)
+    shutil.move(source, target)  # a hub's volumes may be file systems of their own
     source.symlink_to(os.path.relpath(target, source.parent))
 
 
