@@ -29,8 +29,7 @@ def of_process(pid: int) -> set[Path]:
     with contextlib.suppress(OSError):  # it has ended
         if process.stat().st_uid != os.geteuid():
             return found
-        arguments = (process / "cmdline").read_bytes()
-        found = {Path(os.fsdecode(name)) for name in _ON_COMMAND_LINE.findall(arguments)}
+        found = _named_by(process)
         open_files = {str(link.readlink()) for link in (process / "fd").iterdir()}
         found |= {path for inode, path in _bound() if f"socket:[{inode}]" in open_files}
     return found
@@ -55,18 +54,32 @@ def remove(directories: Iterable[Path]) -> None:
 
 
 def sweep(parents: Iterable[Path]) -> list[Path]:
-    """Remove those in these directories that no process has a socket in any more; returns them."""
+    """Remove those in these directories that no process has a socket in any more; returns them.
+
+    Nor one that a process is told of: sockets in another network namespace are not to be seen.
+    """
+    # Before the processes are looked at: whose socket is here by now is among those.
+    found = [path for parent in parents for path in sorted(parent.glob("libguestfs*"))]
+    made = [path for path in found if not _is_being_made(path)]
     alive = {path for _, path in _bound()}
-    removed = []
-    for parent in parents:
-        for path in sorted(parent.glob("libguestfs*")):
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                young = time.time() - path.lstat().st_mtime < _EMPTY_FOR_SECONDS
-                if path in alive or (young and not any(path.iterdir())):
-                    continue
-                if _remove(path):
-                    removed.append(path)
+                alive |= _named_by(entry)
+    removed = []
+    for path in made:
+        with contextlib.suppress(OSError):
+            if path not in alive and _remove(path):
+                removed.append(path)
     return removed
+
+
+def _is_being_made(directory: Path) -> bool:
+    try:
+        young = time.time() - directory.lstat().st_mtime < _EMPTY_FOR_SECONDS
+        return young and not any(directory.iterdir())
+    except OSError:
+        return True
 
 
 def _remove(directory: Path) -> bool:
@@ -84,6 +97,12 @@ def _remove(directory: Path) -> bool:
         file.unlink(missing_ok=True)
     directory.rmdir()
     return True
+
+
+def _named_by(process: Path) -> set[Path]:
+    """Those on the command line of this process in /proc."""
+    arguments = (process / "cmdline").read_bytes()
+    return {Path(os.fsdecode(name)) for name in _ON_COMMAND_LINE.findall(arguments)}
 
 
 def _bound() -> list[tuple[str, Path]]:

@@ -111,3 +111,16 @@ def test_a_sweep_removes_what_is_dead_and_leaves_what_lives_or_is_being_made(
     long_ago(old)
     assert appliancesockets.sweep([tmp_path]) == [dead, old]
     assert sorted(tmp_path.glob("libguestfs*")) == [directory, young]
+
+
+def test_a_sweep_leaves_what_a_process_is_told_of_whose_sockets_cannot_be_seen(
+    directory: Path,
+) -> None:
+    dead_socket(directory)
+    argv = ["qemu-x", "-c", "import time; time.sleep(60)", f"path={directory}/guestfsd.sock,id=x"]
+    with subprocess.Popen(argv, executable=sys.executable) as process:
+        while str(directory) not in Path(f"/proc/{process.pid}/cmdline").read_text():
+            pass
+        assert appliancesockets.sweep([directory.parent]) == []
+        process.kill()
+    assert appliancesockets.sweep([directory.parent]) == [directory]
