@@ -89,6 +89,7 @@ class JobReport:
     status -- exit status of the job; None until the guest reported its end.
     guest -- facts that the guest stated about itself (kernel, shell, selinux).
     peaks -- highest samples in bytes: memory_bytes, root_bytes, workspace_bytes.
+    oom_kills -- processes that the guest's kernel has killed for want of memory.
     boot_seconds, job_seconds, shutdown_seconds -- how long each stage took on the host's clock.
     """
 
@@ -97,6 +98,7 @@ class JobReport:
     status: int | None = None
     guest: dict[str, str] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
+    oom_kills: int = 0
     boot_seconds: float | None = None
     job_seconds: float | None = None
     shutdown_seconds: float | None = None
@@ -309,6 +311,7 @@ class Watch:
             for key in ("memory_bytes", "root_bytes", "workspace_bytes"):
                 value = max(0, min(int(report[key]), 2**63 - 1))
                 self.report.peaks[key] = max(value, self.report.peaks.get(key, 0))
+            self.report.oom_kills = int(report["oom_kills"])
         elif event == "job-ended":
             self.report.status = int(report["status"]) & 0xFF
             self.report.job_seconds = self._enter("shutdown")
@@ -417,7 +420,7 @@ class Watch:
             if age > self._deadlines.job:
                 raise BuildFailed(
                     f"the job did not end within its {self._deadlines.job:.0f} s{self._during()}",
-                    "--job-timeout allows more time",
+                    "--job-timeout (--timeout of koji indirection-build) allows more time",
                 )
             command = self.report.running_command
             if (

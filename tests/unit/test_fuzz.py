@@ -83,7 +83,7 @@ VALUES = st.recursive(
 )
 EVENTS = ["job-started", "command-started", "command-ended", "sample", "job-ended", "else"]
 KEYS = ["kernel", "shell", "selinux", "index", "status", "seconds", "memory_bytes", "root_bytes",
-        "workspace_bytes"]  # fmt: skip
+        "workspace_bytes", "oom_kills"]  # fmt: skip
 NUMBERS = st.one_of(VALUES, st.integers(-1, 3), st.just(0))
 REPORTS = st.one_of(
     st.builds(

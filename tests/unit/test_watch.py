@@ -164,8 +164,8 @@ def test_an_orderly_job_is_reported_whole(watched: Watched) -> None:
         guest.start_job()
         guest.start_command(1)
         guest.log.sendall(b"=== command 1 of 2: mount\n")
-        guest.report("sample", memory_bytes=300, root_bytes=20, workspace_bytes=10)
-        guest.report("sample", memory_bytes=200, root_bytes=30, workspace_bytes=5)
+        guest.report("sample", memory_bytes=300, root_bytes=20, workspace_bytes=10, oom_kills=0)
+        guest.report("sample", memory_bytes=200, root_bytes=30, workspace_bytes=5, oom_kills=2)
         guest.end_command(1, seconds=2.25)
         guest.start_command(2)
         guest.end_command(2, seconds=0.5)
@@ -180,6 +180,7 @@ def test_an_orderly_job_is_reported_whole(watched: Watched) -> None:
     ]
     assert report.guest == {"kernel": "6.1.0", "shell": "/bin/bash", "selinux": "none"}
     assert report.peaks == {"memory_bytes": 300, "root_bytes": 30, "workspace_bytes": 10}
+    assert report.oom_kills == 2
     assert watched.stages == ["job", "shutdown"]
     assert None not in (report.boot_seconds, report.job_seconds, report.shutdown_seconds)
     assert (watched.directory / "job.log").read_bytes() == b"=== command 1 of 2: mount\n"
@@ -552,7 +553,7 @@ def test_the_job_deadline_names_the_command_that_ran(watched: Watched) -> None:
     error = watched.failure(script, Deadlines(boot=20, job=0.6, command=None, shutdown=20))
     assert isinstance(error, BuildFailed)
     assert error.message == "the job did not end within its 1 s, during command 'mount'"
-    assert error.hint == "--job-timeout allows more time"
+    assert error.hint == "--job-timeout (--timeout of koji indirection-build) allows more time"
 
 
 def test_a_command_deadline_counts_each_command_anew(watched: Watched) -> None:
@@ -676,7 +677,8 @@ def test_half_a_report_at_the_end_is_none(watched: Watched) -> None:
 def test_numbers_out_of_range_are_brought_into_it(watched: Watched) -> None:
     def script(guest: Guest) -> None:
         guest.start_job()
-        guest.report("sample", memory_bytes=-5, root_bytes=10**30, workspace_bytes=1)
+        sample = {"memory_bytes": -5, "root_bytes": 10**30, "workspace_bytes": 1, "oom_kills": 0}
+        guest.report("sample", **sample)
         guest.start_command(1)
         guest.status.sendall(
             b'{"event": "command-ended", "index": 1, "status": 0, "seconds": -1e999}\n'
