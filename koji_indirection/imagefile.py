@@ -49,6 +49,8 @@ _QCOW2_MAGIC = b"QFI\xfb"
 # Incompatible feature bits, https://gitlab.com/qemu-project/qemu/-/blob/master/docs/interop/qcow2.rst:
 # 0 dirty, 1 corrupt, 2 external data file, 3 compression type, 4 extended L2.
 _QCOW2_DIRTY, _QCOW2_CORRUPT, _QCOW2_DATA_FILE, _QCOW2_KNOWN = 1 << 0, 1 << 1, 1 << 2, 0b11111
+# What qemu itself reads at most, for images of petabytes.
+_QCOW2_L1_BYTES_MAX, _QCOW2_REFCOUNT_BYTES_MAX = 32 * MIB, 8 * MIB
 
 _COMPRESSIONS = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _QCOW2_NAME = re.compile(r"\.qcow2(\.(xz|gz|zst|zstd))?$", re.IGNORECASE)
@@ -404,11 +406,27 @@ def _vet_qcow2_header(head: bytes, what: str, limit_bytes: int) -> None:
         )
     if size_bytes > limit_bytes:
         raise _too_large(what, size_bytes, limit_bytes)
+    _vet_table_sizes(head, what)
     snapshots = int.from_bytes(head[60:64], "big")
     if snapshots > _SNAPSHOTS_MAX:
         raise BuildFailed(
             f"{what} holds {snapshots} internal snapshots, more than {_SNAPSHOTS_MAX}",
             "drop them: qemu-img convert -f qcow2 -O qcow2 OLD NEW",
+        )
+
+
+def _vet_table_sizes(head: bytes, what: str) -> None:
+    """Tables that no program writes: whoever reads them needs gigabytes of memory."""
+    cluster_bits, l1_entries = struct.unpack(">I12xI", head[20:40])
+    refcount_clusters = int.from_bytes(head[56:60], "big")
+    if (
+        not 9 <= cluster_bits <= 21
+        or l1_entries * 8 > _QCOW2_L1_BYTES_MAX
+        or refcount_clusters << cluster_bits > _QCOW2_REFCOUNT_BYTES_MAX
+    ):
+        raise BuildFailed(
+            f"{what} states sizes of clusters or tables that no qcow2 image has",
+            "copy or download it again, or make it anew",
         )
 
 
