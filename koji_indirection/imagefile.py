@@ -22,6 +22,7 @@ import signal
 import stat
 import struct
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -41,6 +42,7 @@ _CHUNK_BYTES = MIB
 _BLOCK_BYTES = 4096  # the grain of holes; the block size of every common file system
 _HEAD_BYTES = MIB  # all that format detection sees: enough for every signature it knows
 _SNAPSHOTS_MAX = 64
+_UNPACK_SECONDS = 3600.0  # and one for each MiB of packed data
 _INFO_TIMEOUT_SECONDS = 60.0
 _CHECK_TIMEOUT_SECONDS = 600.0
 _LIMITS = programs.Limits(address_space_bytes=2 * 1024**3, cpu_seconds=60)
@@ -206,7 +208,8 @@ def _unpack(source: Path, compression: str, work_dir: Path, what: str, limit_byt
     try:
         with _new_file(work_dir) as path:
             with path.open("wb", buffering=_CHUNK_BYTES) as target, source.open("rb") as file:
-                _write_sparse(chunks(file), target, what, limit_bytes)
+                seconds = _UNPACK_SECONDS + os.fstat(file.fileno()).st_size / MIB
+                _write_sparse(_until(seconds, chunks(file), what), target, what, limit_bytes)
             return path
     except EOFError:
         raise BuildFailed(
@@ -220,6 +223,18 @@ def _unpack(source: Path, compression: str, work_dir: Path, what: str, limit_byt
         ) from None
     except OSError as error:
         raise _cannot_unpack(what, work_dir, error) from error
+
+
+def _until(seconds: float, chunks: Iterator[bytes], what: str) -> Iterator[bytes]:
+    """The same chunks; BuildFailed when they take longer: a few MB may hold hours of zeros."""
+    deadline = time.monotonic() + seconds
+    for chunk in chunks:
+        if time.monotonic() > deadline:
+            raise BuildFailed(
+                f"{what} could not be unpacked within {seconds:.0f} s",
+                "make it smaller, or unpack it and hand it over as qcow2",
+            )
+        yield chunk
 
 
 @contextmanager
