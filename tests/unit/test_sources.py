@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import http.server
 import json
@@ -1342,6 +1343,19 @@ def test_two_processes_fetch_one_image_once(server: Server, start: Callable[...,
     server.release.set()
     assert [worker.line() for worker in workers] == [f"holding {len(DATA)}"] * 2
     assert len(server.seen) == 1
+
+
+def test_another_process_that_never_has_the_image_is_not_waited_for_for_ever(
+    server: Server, cache: Cache
+) -> None:
+    source = make_source(server)
+    cache.directory.mkdir(parents=True)
+    with (cache.directory / f"sha256-{source.checksum}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        hasty = replace(FAST, total_timeout_seconds=0.3)
+        said = str(refused(source, server.url, cache, download=hasty))
+    assert "another process has not fetched it within 0.3 s" in said
+    assert "total_timeout in the configuration's [download]" in said
 
 
 def test_whoever_waits_takes_over_from_a_process_that_was_killed(
