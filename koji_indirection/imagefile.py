@@ -136,7 +136,7 @@ def write_overlay(base: Path, base_format: str, size_bytes: int, path: Path) -> 
     """
     argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2"]
     argv += ["-F", base_format, "-b", str(base), str(path), str(size_bytes)]
-    programs.run(argv, timeout_seconds=_INFO_TIMEOUT_SECONDS)
+    programs.run(argv, timeout_seconds=_INFO_TIMEOUT_SECONDS, limits=_LIMITS)
 
 
 def unchanged(image: ImageFile) -> bool:

@@ -18,12 +18,12 @@ import os
 import platform
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Protocol
 
 from . import (
@@ -718,16 +718,25 @@ def _checksum(image: ImageFile, future: Future[str]) -> str:
 
 @contextlib.contextmanager
 def _checksums(images: set[ImageFile]) -> Iterator[dict[ImageFile, Future[str]]]:
-    """Checksums of the files that the user named, computed beside the build."""
+    """Checksums of the files that the user named, computed beside the build.
+
+    In a thread that the end of the build does not wait for: a server that a file is on may hang.
+    """
     cancelled = Event()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum") as pool:
-        try:
-            yield {
-                image: pool.submit(imagefile.sha256, image.source, cancelled=cancelled.is_set)
-                for image in images
-            }
-        finally:
-            cancelled.set()
+    futures: dict[ImageFile, Future[str]] = {image: Future() for image in images}
+
+    def compute() -> None:
+        for image, future in futures.items():
+            try:
+                future.set_result(imagefile.sha256(image.source, cancelled=cancelled.is_set))
+            except Exception as error:  # noqa: BLE001 - raised where the result is asked for
+                future.set_exception(error)
+
+    Thread(target=compute, name="checksum", daemon=True).start()
+    try:
+        yield futures
+    finally:
+        cancelled.set()
 
 
 class LogFormatter(logging.Formatter):
