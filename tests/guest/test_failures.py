@@ -181,8 +181,11 @@ def test_a_guest_that_fills_its_workspace_fails_with_the_tools_own_words(build: 
 
 
 def test_a_guest_that_runs_out_of_memory_is_told_how_to_get_more(build: Builder) -> None:
-    build([("hoard", "dd if=/dev/zero of=/dev/null bs=235M")]).failed(
-        "command 'hoard' exited with status 137 .*; the guest's 256 MiB of memory were used up,"
+    hoard = (
+        "for one in 1 2 3; do dd if=/dev/zero of=/dev/null bs=100M count=20 & done; wait; exit 5"
+    )
+    build([("hoard", hoard)]).failed(
+        "command 'hoard' exited with status 5 .*; the guest's 256 MiB of memory were used up,"
         " --memory gives it more"
     )
 
