@@ -45,7 +45,7 @@ _SNAPSHOTS_MAX = 64
 _UNPACK_SECONDS = 3600.0  # and one for each MiB of packed data
 _INFO_TIMEOUT_SECONDS = 60.0
 _CHECK_TIMEOUT_SECONDS = 600.0
-_LIMITS = programs.Limits(address_space_bytes=2 * 1024**3, cpu_seconds=60)
+_LIMITS = programs.Limits()
 
 _QCOW2_MAGIC = b"QFI\xfb"
 # Incompatible feature bits, https://gitlab.com/qemu-project/qemu/-/blob/master/docs/interop/qcow2.rst:
