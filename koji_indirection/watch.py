@@ -349,15 +349,16 @@ class Watch:
         # What the guest sent before it stopped is read first, to the end of every stream.
         if gone and self._stopped:
             event = event or "stopped"
+        # After a job that went well, too: what it has written may be lost.
+        if event == "io-error" and not self.report.status:
+            raise BuilderFault(
+                "the host could not write the guest's disks: no space left in the work directory",
+                "free some, or name another with --work-dir (work_dir on a builder)",
+            )
         if self._stage == "shutdown":
             if event is not None:
                 self.report.shutdown_seconds = self._enter("over")
             return
-        if event == "io-error":
-            raise BuilderFault(
-                "the host could not write the guest's disks: no space left in the work directory",
-                "free some space, or name another directory with --work-dir",
-            )
         if event == "failed":
             raise BuilderFault(
                 f"the VM's qemu process died{self._during()}",

@@ -486,6 +486,27 @@ def test_a_full_disk_of_the_host_is_a_builder_fault(watched: Watched) -> None:
     assert "--work-dir" in error.hint
 
 
+def test_a_disk_that_is_full_at_last_may_have_cost_the_results(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.run_whole_job()
+        time.sleep(0.2)
+        guest.event("io-error")
+
+    error = watched.failure(script)
+    assert isinstance(error, BuilderFault)
+    assert "no space left in the work directory" in error.message
+
+
+def test_a_job_that_failed_before_the_disk_was_full_is_told_as_that(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.report("job-ended", status=7)
+        time.sleep(0.2)
+        guest.event("io-error")
+
+    assert watched.follow(script).status == 7
+
+
 def test_a_libvirtd_that_goes_away_is_a_builder_fault(watched: Watched) -> None:
     def script(guest: Guest) -> None:
         guest.start_job()
