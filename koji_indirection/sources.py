@@ -225,8 +225,12 @@ def _resolve_build(
         raise BuildFailed(
             f"{what}: the build has no image archives", "name an image build, not one of rpms"
         )
-    candidates = [_Candidate(one["filename"], one.get("arch"), one) for one in archives]
-    archive = _choose(candidates, arch, glob, role, what).record
+    candidates = [
+        _Candidate(one["filename"], _known_arch(one.get("arch")) or _arch_in(one["filename"]), one)
+        for one in archives
+    ]
+    chosen = _choose(candidates, arch, glob, role, what)
+    archive = chosen.record
     if archive.get("metadata_only"):
         raise BuildFailed(
             f"{what}: Koji knows {_shown(archive['filename'])} but does not keep the file",
@@ -247,7 +251,7 @@ def _resolve_build(
             size_bytes=archive["size"],
             checksum=archive.get("checksum", ""),
             checksum_type=archive.get("checksum_type", -1),
-            arch=archive["arch"],
+            arch=chosen.arch or arch,
             relpath=_relpath([*parts, "images", archive["filename"]], what),
         ),
         what,
@@ -296,7 +300,9 @@ def _resolve_task(
             f"{what}: the task has no output, or its output was deleted or has expired",
             _EXPIRED_HINT,
         )
-    chosen = _choose(candidates, arch, glob, role, what)
+    # The images of osbuildImage, for one, are in its build alone.
+    or_else = "; if the task made a build, name that build"
+    chosen = _choose(candidates, arch, glob, role, what, or_else=or_else)
     owner, volume = chosen.record["task_id"], chosen.record["volume"]
     *folders, filename = chosen.name.split("/")
     task_path = _relpath(["tasks", str(owner % 10000), str(owner), *folders], what)
@@ -331,12 +337,16 @@ def _resolve_task(
 def _outputs(session: HubSession, task: dict[str, Any]) -> list[_Candidate]:
     # Not stat=True: it is an error at the hub as soon as one link dangles.
     output = ask(session, "listTaskOutput", task["id"], all_volumes=True)
-    task_arch = None if task.get("arch") in (None, "", "noarch") else task["arch"]
+    task_arch = _known_arch(task.get("arch"))
     return [
         _Candidate(name, _arch_in(name) or task_arch, {"task_id": task["id"], "volume": volumes[0]})
         for name, volumes in sorted(output.items())
         if not name.rpartition("/")[2].startswith(".") and volumes
     ]
+
+
+def _known_arch(arch: str | None) -> str | None:
+    return None if arch in (None, "", "noarch") else arch
 
 
 _ARCH_IN_NAME = re.compile(
@@ -357,19 +367,35 @@ def _arch_in(name: str) -> str | None:
 _DISK_NAME = re.compile(r"\.(qcow2|raw|img)(\.(xz|gz|zst|zstd))?$", re.IGNORECASE)
 # Koji has no type of its own for a .img that is a disk: to it, all are an initramfs.
 _NO_DISK_NAME = re.compile(r"(^|[-_.])(initrd|initramfs|efiboot)\b.*\.img$", re.IGNORECASE)
+_ISO_NAME = re.compile(r"\.iso(\.(xz|gz|zst|zstd))?$", re.IGNORECASE)
 _NAMES_SHOWN_MAX = 10
 
 
 def _choose(
-    candidates: list[_Candidate], arch: str, glob: str | None, role: str, what: str
+    candidates: list[_Candidate],
+    arch: str,
+    glob: str | None,
+    role: str,
+    what: str,
+    *,
+    or_else: str = "",
 ) -> _Candidate:
-    """The one that is meant; whichever it is not, the message names what there is."""
-    option = "--utility-archive" if role.startswith("utility") else "--input-archive"
+    """The one that is meant; whichever it is not, the message names what there is.
+
+    or_else -- what else can be done where there is no disk, for the hint.
+    """
+    utility = role.startswith("utility")
+    option, kinds = "--utility-archive", "qcow2, raw or img"
+    if not utility:
+        option, kinds = "--input-archive", "qcow2, raw, img or iso"
     disks = [one for one in candidates if _is_disk(one.name)]
+    if not disks and not utility:
+        # All that a livemedia build has. It is a disk to work on, but none to boot and write to.
+        disks = [one for one in candidates if _ISO_NAME.search(one.name)]
     if not disks and glob is None:
         raise BuildFailed(
-            f"{what}: there is no disk image (qcow2, raw or img) among {_names(candidates)}",
-            f"{option} picks a file whatever its name is",
+            f"{what}: there is no disk image ({kinds}) among {_names(candidates)}",
+            f"{option} picks a file whatever its name is{or_else}",
         )
     wanted = disks
     if glob is not None:

@@ -381,6 +381,31 @@ def test_a_glob_also_picks_a_file_that_has_no_disks_name(hub: Hub) -> None:
     assert look_up(hub, "a-1-1", glob="a*").archive_id == 2, "disks come first"
 
 
+def test_an_iso_is_an_input_where_there_is_no_other_disk(hub: Hub) -> None:
+    def find(text: str, role: str) -> Source:
+        return resolve(hub, Reference.parse(text), ARCH, role=role)
+
+    hub.add_build("live-1-1", archive_record(1, "live.iso"), archive_record(2, "live.ks"))
+    assert find("live-1-1", INPUT).filename == "live.iso"
+    with pytest.raises(BuildFailed, match=r"no disk image \(qcow2, raw or img\) among live.iso"):
+        find("live-1-1", UTILITY)  # it cannot be booted as one that is written to
+    hub.add_build("kiwi-1-1", archive_record(3, "k.install.iso"), archive_record(4, "k.raw.xz"))
+    assert find("kiwi-1-1", INPUT).filename == "k.raw.xz"
+    hub.add_task(10, "live.x86_64.iso", "live.log", arch=ARCH)
+    assert find("task:10", INPUT).filename == "live.x86_64.iso"
+
+
+def test_an_archive_of_no_arch_has_that_of_its_name(hub: Hub) -> None:
+    hub.add_build(
+        "a-1-1",
+        archive_record(1, "a.x86_64.raw", arch="noarch"),
+        archive_record(2, "a.aarch64.raw", arch="noarch"),
+    )
+    assert look_up(hub, "a-1-1", "aarch64").archive_id == 2
+    hub.add_build("b-1-1", archive_record(3, "b.raw", arch="noarch"))
+    assert look_up(hub, "b-1-1").arch == ARCH
+
+
 def test_a_long_list_of_candidates_is_cut(hub: Hub) -> None:
     hub.add_build("a-1-1", *(archive_record(n, f"d{n:02}.raw") for n in range(40)))
     with pytest.raises(UsageError, match=r"d09.raw and 30 more \(pick"):
@@ -542,6 +567,12 @@ def test_output_that_has_expired_is_said_to_have(hub: Hub) -> None:
     hub.uploads.clear()  # a link is left in the task's directory, the scratch file is gone
     with pytest.raises(BuildFailed, match=r"a.raw of task 11 was deleted or has expired"):
         look_up(hub, "task:11")
+
+
+def test_a_task_whose_images_are_in_its_build_alone_is_told(hub: Hub) -> None:
+    hub.add_task(10, "compose-status.json", "x86_64.log", method="osbuildImage")
+    with pytest.raises(BuildFailed, match=r"no disk image .*if the task made a build, name that"):
+        look_up(hub, "task:10")
 
 
 def test_output_whose_name_leaves_the_task_is_refused(hub: Hub) -> None:
