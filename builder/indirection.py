@@ -28,6 +28,9 @@ except ImportError as error:
 
 CONFIG = Path("/etc/kojid/plugins/indirection.conf")
 
+# Koji has it since 1.34. Before, only checkHost() can refuse a task, and never for good.
+RefuseTask = getattr(koji.tasks, "RefuseTask", None)
+
 # Of a VM, and of a task that only waits for others.
 WEIGHT = 2.0
 WEIGHT_OF_WAITING = 0.2
@@ -56,7 +59,22 @@ class _Task(koji.tasks.BaseTaskHandler):
 
     def _suits(self, arch, hostdata):
         """A False is for good; what may change is asked in handler(), whose refusals are not."""
-        return kojibuild.runs_here(arch, hostdata["arches"].split())
+        if not kojibuild.runs_here(arch, hostdata["arches"].split()):
+            return False
+        return RefuseTask is not None or not self._lacks_something(arch)
+
+    def _lacks_something(self, arch):
+        """What handler() asks, for a Koji in which it is too late then."""
+        try:
+            spec = TaskSpec.from_dict(self.params[0])
+            settings = kojibuild.task_settings(CONFIG, spec, Path(self.workdir))
+            kojibuild.require_host(spec, arch, settings)
+        except kojibuild.Unsuitable as reason:
+            self.logger.warning("task %s is left to other hosts: %s", self.id, reason)
+            return True
+        except IndirectionError:
+            pass  # the task itself will tell
+        return False
 
     def _settings(self, spec, arch):
         """Of this host, which must suit the arch that it is to build, if it is to build one."""
@@ -220,10 +238,9 @@ class IndirectionBuildTask(_Task):
         """
         try:
             yield
-        except koji.tasks.RefuseTask:
-            raise
-        except Exception:
-            self._fail(build)
+        except Exception as error:
+            if RefuseTask is None or not isinstance(error, RefuseTask):
+                self._fail(build)
             raise
 
     def _fail(self, build):
@@ -298,7 +315,9 @@ def _refusals():
     try:
         yield
     except kojibuild.Unsuitable as error:
-        raise koji.tasks.RefuseTask(str(error)) from error
+        if RefuseTask is None:
+            raise BuilderFault(str(error)) from error
+        raise RefuseTask(str(error)) from error
 
 
 if not MISSING:

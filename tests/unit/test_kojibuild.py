@@ -5,8 +5,10 @@ from __future__ import annotations
 import configparser
 import dataclasses
 import hashlib
+import importlib.util
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import time
 import xmlrpc.client
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
@@ -793,6 +796,58 @@ def test_the_plugin_loads_without_what_it_needs_and_says_so_when_a_task_comes(
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("True True\n")
     assert reason in done.stdout
+
+
+@pytest.fixture
+def old_kojid(monkeypatch: pytest.MonkeyPatch, conf: Path) -> Any:
+    """The plugin in a kojid before 1.34, in which a task that runs cannot be refused."""
+    tasks = pytest.importorskip("koji.tasks")
+    monkeypatch.delattr(tasks, "RefuseTask", raising=False)
+    monkeypatch.setattr(sweep, "start", lambda config, logger: None)
+    description = importlib.util.spec_from_file_location("old_kojids_plugin", PLUGIN)
+    assert description is not None
+    assert description.loader is not None
+    plugin: Any = importlib.util.module_from_spec(description)
+    description.loader.exec_module(plugin)
+    plugin.CONFIG = conf
+    return plugin
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the spec is for x86_64")
+def test_an_old_kojid_refuses_softly_before_it_takes_a_task(
+    old_kojid: Any, conf: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = spec(build={"network": "lan", "memory_bytes": 128 * 2**20}).to_dict()
+    options = SimpleNamespace(workdir="/nowhere")
+    whole = old_kojid.IndirectionBuildTask(5, "indirectionBuild", [wanted], None, options)
+    params = [wanted, "x86_64", "live-1-1", {}]
+    part = old_kojid.IndirectionBuildArchTask(6, "indirectionBuildArch", params, None, options)
+    host = {"arches": "x86_64"}
+
+    conf.write_text("[indirection]\naccel = tcg\n")
+    assert not whole.checkHost(host)
+    assert not part.checkHost(host)
+    assert "task 6 is left to other hosts: the build asks for the network lan" in caplog.text
+    conf.write_text("[indirection]\naccel = tcg\n[guest]\nnetworks = lan\n")
+    assert whole.checkHost(host)
+    assert part.checkHost(host)
+    conf.write_text("[nonsense]")
+    assert whole.checkHost(host), "the task itself tells what is wrong"
+
+
+def test_in_an_old_kojid_a_host_that_turns_out_to_be_unsuitable_is_a_fault(old_kojid: Any) -> None:
+    hub = Hub(cancelTaskChildren=None)
+    failed = []
+    hub.host = SimpleNamespace(failBuild=lambda task_id, build_id: failed.append(build_id))
+    options = SimpleNamespace(workdir="/nowhere")
+    task = old_kojid.IndirectionBuildTask(5, "indirectionBuild", [{}], hub, options)
+    with (
+        pytest.raises(BuilderFault, match="no space"),
+        task._failing({"id": 3}),
+        old_kojid._refusals(),
+    ):
+        raise Unsuitable("no space")
+    assert failed == [3]
 
 
 def test_a_checkout_that_hangs_is_a_fault_and_its_programs_are_killed() -> None:

@@ -38,9 +38,9 @@ ARCH = "x86_64"
 UTILITY, INPUT = "utility image", "input image"
 DATA = random.Random(3).randbytes(700_000)
 FAST = Download(
-    connect_timeout_seconds=1,
-    read_timeout_seconds=0.3,
-    total_timeout_seconds=20,
+    connect_timeout_seconds=10,
+    read_timeout_seconds=10,
+    total_timeout_seconds=60,
     retries=3,
     retry_wait_seconds=0.01,
 )
@@ -842,8 +842,9 @@ def test_a_server_that_is_busy_is_asked_again(server: Server, cache: Cache, code
 
 def test_a_server_that_hangs_is_left_and_asked_again(server: Server, cache: Cache) -> None:
     server.plan = [never_answering, hanging_at(300_000)]
-    assert get(server, make_source(server), cache) == DATA
-    assert len(server.seen) == 3
+    options = replace(FAST, read_timeout_seconds=0.3)
+    assert get(server, make_source(server), cache, download=options) == DATA
+    assert len(server.seen) >= 3
 
 
 def test_a_server_that_only_hangs_is_given_up(server: Server, cache: Cache) -> None:
@@ -1252,10 +1253,8 @@ def test_what_happens_in_the_block_is_not_taken_for_a_fault_of_the_cache(
 def test_two_threads_fetch_one_image_once(server: Server, cache: Cache) -> None:
     source, found = make_source(server), []
     server.plan = [hanging_at(1000)]
-    options = replace(FAST, read_timeout_seconds=5)
     threads = [
-        threading.Thread(target=lambda: found.append(get(server, source, cache, download=options)))
-        for _ in range(4)
+        threading.Thread(target=lambda: found.append(get(server, source, cache))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
