@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -1016,6 +1017,39 @@ def test_a_ca_file_that_is_missing_is_said_to_be(server: Server, cache: Cache) -
     url = server.url.replace("http:", "https:")
     fault = refused(make_source(server), url, cache, download=options)
     assert "/nonexistent/ca.pem" in str(fault)
+
+
+def test_the_servers_certificate_is_verified_by_the_ca_of_the_settings_or_the_environment(
+    server: Server, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca, key = tmp_path / "ca.pem", tmp_path / "key.pem"
+    new = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-batch",
+        "-subj",
+        "/CN=koji",
+    ]
+    new += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(ca), "-keyout", str(key)]
+    subprocess.run(new, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(ca, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    topurl = server.url.replace("http:", "https:")
+    source = make_source(server)
+
+    assert "is not trusted" in str(refused(source, topurl, cache, download=FAST))
+    known = replace(FAST, ca_bundle=ca)
+    with fetch(source, topurl=topurl, topdir=None, cache=cache, download=known) as path:
+        assert path.read_bytes() == DATA
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(ca))
+    other = make_source(server, data=DATA[1:])
+    with fetch(other, topurl=topurl, topdir=None, cache=cache, download=FAST) as path:
+        assert path.read_bytes() == DATA[1:]
 
 
 def test_progress_is_logged_now_and_then(
