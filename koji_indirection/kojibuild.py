@@ -25,7 +25,19 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, NoReturn
 
-from . import accel, cache, hubcalls, jobdir, output, pipeline, programs, sources, sweep, template
+from . import (
+    accel,
+    cache,
+    hubcalls,
+    imagefetch,
+    jobdir,
+    output,
+    pipeline,
+    programs,
+    sources,
+    sweep,
+    template,
+)
 from .address import has_credentials
 from .config import Settings, load_settings, require_within_limits
 from .errors import BuilderFault, BuildFailed, IndirectionError, UsageError
@@ -670,7 +682,7 @@ def file_in_checkout(checkout: Path, name: str) -> Path:
 def _fetched(
     daemon: Daemon, source: sources.Source, settings: Settings
 ) -> contextlib.AbstractContextManager[Path]:
-    return sources.fetch(
+    return imagefetch.fetch(
         source,
         topurl=daemon.topurl,
         topdir=daemon.topdir,

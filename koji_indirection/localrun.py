@@ -221,10 +221,10 @@ def inputs_of(
 
 
 def fetched(hub: Hub, source: Source, settings: Settings) -> AbstractContextManager[Path]:
-    """The file of a source, for as long as the block lasts; see sources.fetch()."""
-    from . import cache, sources
+    """The file of a source, for as long as the block lasts; see imagefetch.fetch()."""
+    from . import cache, imagefetch
 
-    return sources.fetch(
+    return imagefetch.fetch(
         source,
         topurl=hub.topurl,
         topdir=hub.topdir,
