@@ -24,8 +24,8 @@ MAX_PRIORITY = 1000
 POLICY = "indirection"
 UPLOAD_POLICY = "indirection_template_upload"
 
-# So that kojiweb shows the parameters by name, and Koji's own policies find what they know by
-# these names: target, and scratch in opts. The builder reads the spec alone.
+# So that Koji's own policies find what they know by these names: target, and scratch in opts. The
+# builder reads the spec alone. kojiweb, a process of its own, loads no plugins: it shows a list.
 koji.tasks.LEGACY_SIGNATURES.update(
     {
         METHOD: [[["spec", "target", "opts"], None, None, (None, None)]],
