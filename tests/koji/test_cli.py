@@ -220,10 +220,8 @@ def test_the_upload_shows_progress_on_a_terminal_unless_told_not_to(
 
 
 def on_a_terminal(hub: AnyKoji, *arguments: object) -> str:
-    code = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
-    argv = hub.cli_argv("indirection-build", *arguments, user="alice")
     done = subprocess.run(
-        [sys.executable, "-c", code, *argv],
+        terminal_argv(hub, *arguments),
         env=hub.cli_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -233,6 +231,13 @@ def on_a_terminal(hub: AnyKoji, *arguments: object) -> str:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Created task: " in done.stdout
     return done.stdout
+
+
+def terminal_argv(hub: AnyKoji, *arguments: object) -> list[str]:
+    """The command with a terminal of its own, whose output goes to standard output."""
+    code = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    argv = hub.cli_argv("indirection-build", *arguments, user="alice")
+    return [sys.executable, "-c", code, *argv]
 
 
 @pytest.mark.parametrize("section", ["image-build-indirection", "indirection-build"])
@@ -320,11 +325,13 @@ def test_a_hub_without_the_plugin_is_told_of(hub: AnyKoji) -> None:
 
 
 @contextmanager
-def waiting(hub: AnyKoji, *arguments: object) -> Iterator[tuple[Any, int]]:
-    """The command, running, and its task."""
+def waiting(
+    hub: AnyKoji, *arguments: object, argv: list[str] | None = None
+) -> Iterator[tuple[Any, int]]:
+    """The command, running, and its task; argv is the whole of it, if it is a special one."""
     before = set(tasks(hub))
     command = subprocess.Popen(
-        hub.cli_argv("indirection-build", *ENOUGH, "--wait", *arguments, user="alice"),
+        argv or hub.cli_argv("indirection-build", *ENOUGH, "--wait", *arguments, user="alice"),
         env=hub.cli_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -342,6 +349,13 @@ def waiting(hub: AnyKoji, *arguments: object) -> Iterator[tuple[Any, int]]:
     finally:
         command.kill()
         command.communicate()
+
+
+def test_on_a_terminal_it_waits_without_being_told_to(hub: AnyKoji) -> None:
+    with waiting(hub, argv=terminal_argv(hub, *ENOUGH)) as (command, task_id):
+        hub.admin_session().cancelTask(task_id)
+        command.communicate(timeout=60)
+    assert command.returncode == 1
 
 
 def test_the_exit_status_is_that_of_the_task(hub: AnyKoji) -> None:
