@@ -139,21 +139,35 @@ def test_usage_errors_need_no_login(hub: AnyKoji, arguments: Any, message: str) 
     assert done.stdout == ""
 
 
+def without(
+    hub: AnyKoji, module: str, tmp_path: Path, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    """A command of koji's where this module is not installed."""
+    (tmp_path / f"{module}.py").write_text("raise ImportError('it is not here')")
+    environment = hub.cli_environment()
+    environment["PYTHONPATH"] = f"{tmp_path}:{environment['PYTHONPATH']}"
+    argv = hub.cli_argv(*arguments)
+    return subprocess.run(argv, env=environment, capture_output=True, text=True)
+
+
 def test_without_the_library_other_commands_work_and_this_one_says_why(
     hub: AnyKoji, tmp_path: Path
 ) -> None:
-    (tmp_path / "koji_indirection.py").write_text("raise ImportError('it is not here')")
-    environment = hub.cli_environment()
-    environment["PYTHONPATH"] = f"{tmp_path}:{environment['PYTHONPATH']}"
-
-    def koji(*arguments: str) -> subprocess.CompletedProcess[str]:
-        argv = hub.cli_argv(*arguments)
-        return subprocess.run(argv, env=environment, capture_output=True, text=True)
-
-    assert koji("list-targets").returncode == 0
-    done = koji("indirection-build", "--help")
+    assert without(hub, "koji_indirection", tmp_path, "list-targets").returncode == 0
+    done = without(hub, "koji_indirection", tmp_path, "indirection-build", "--help")
     assert done.returncode == 3
     assert "it is not here (install the Python module koji_indirection" in done.stderr
+
+
+def test_without_jsonschema_there_is_help_and_a_build_says_what_to_install(
+    hub: AnyKoji, tmp_path: Path
+) -> None:
+    done = without(hub, "jsonschema", tmp_path, "indirection-build", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = without(hub, "jsonschema", tmp_path, "indirection-build", *ENOUGH)
+    assert done.returncode == 3
+    assert done.stderr.startswith("builder fault: build specs cannot be checked: ")
+    assert "install python3-jsonschema" in done.stderr
 
 
 # Submitting
