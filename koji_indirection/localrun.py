@@ -271,7 +271,7 @@ def template_in(url: str, name: str, directory: Path) -> tuple[bytes, str]:
     match = _SCM.fullmatch(url)
     if match is None or match.group(1) not in _SCHEMES:
         raise UsageError(
-            f"{_without_password(url)} cannot be checked out here",
+            f"{url} cannot be checked out here",
             "write git+https://HOST/REPOSITORY#REF (or git+http, git+ssh, git), without a password",
         )
     scheme, user, host, path, module, ref = match.groups()
@@ -291,7 +291,7 @@ def _commit(checkout: Path, ref: str, url: str) -> str:
     """The id of the commit that a branch, a tag or an id means."""
     wanted = ref[len("origin/") :] if ref.startswith("origin/") else ref
     try:
-        _git(["-C", checkout, "fetch", "--quiet", "origin", wanted], url)
+        _git(["-C", checkout, "fetch", "--quiet", "--", "origin", wanted], url)
         found = "FETCH_HEAD"
     except BuildFailed:
         found = ref  # a commit's id, which few servers give when asked for it
@@ -309,10 +309,6 @@ def _git(arguments: Sequence[str | Path], url: str) -> str:
     except programs.ProgramFailed as failure:
         said = failure.stderr.splitlines() or [str(failure.returncode)]
         raise BuildFailed(
-            f"git cannot check out {_without_password(url)}: {said[-1]}",
+            f"git cannot check out {url}: {said[-1]}",
             "check the URL and its REF, and that you may read the repository",
         ) from failure
-
-
-def _without_password(url: str) -> str:
-    return re.sub("//[^/@]*@", "//", url)
