@@ -192,6 +192,12 @@ def test_a_guest_that_enforces_selinux_boots_permissive(
     )
 
 
+def test_a_guest_that_would_relabel_its_files_and_reboot_does_not(tmp_path: Path) -> None:
+    files = FakeGuest({**DEBIAN, "/.autorelabel": ""})
+    inject(files, tmp_path)
+    assert "/.autorelabel" not in files.files
+
+
 # run.sh
 
 
