@@ -43,7 +43,7 @@ SETTINGS = (
     "SAMPLE_SECONDS=5\nSTATUS_TTY=''\nLOG_TTY=''\n"
     "WORKSPACE=/dev/vdc1\nINPUT=/dev/vdb\nRESULTS_DIR='/my results'\n"
     "DISKS='/dev/vdc:workspace /dev/vdb:input'\nSETUP=''\nNETWORK=''\n"
-    "MEDIA_DEVICE=''\nMEDIA_SERIAL=''\nMEDIA_FS=''\n"
+    "MEDIA_DEVICE=''\nMEDIA_FS=''\n"
 )
 JOB_FILES = {
     "etc/koji-indirection/run": (0o755, RUN_SH),
