@@ -18,7 +18,7 @@ import koji.daemon
 import koji.tasks
 
 try:
-    from koji_indirection import kojibuild, sweep
+    from koji_indirection import handover, kojibuild, sweep, taskinputs, taskrun
     from koji_indirection.errors import BuilderFault, IndirectionError
     from koji_indirection.taskspec import TaskSpec
 
@@ -27,6 +27,9 @@ except ImportError as error:
     MISSING = f"this builder cannot do indirection builds: {error}"
 
 CONFIG = Path("/etc/kojid/plugins/indirection.conf")
+
+# Koji has it since 1.34. Before, only checkHost() can refuse a task, and never for good.
+RefuseTask = getattr(koji.tasks, "RefuseTask", None)
 
 # Of a VM, and of a task that only waits for others.
 WEIGHT = 2.0
@@ -39,15 +42,15 @@ class _Task(koji.tasks.BaseTaskHandler):
     def run(self):
         """In the process of the task, with a session of its own by now."""
         if not MISSING:
-            self.session = kojibuild.patient(CONFIG, self.session)
+            self.session = taskrun.patient(CONFIG, self.session)
         return super().run()
 
     def createWorkdir(self):
         """A new one for each run, not one that an earlier run may still be using."""
         if MISSING:
             return
-        runs = kojibuild.runs_directory(CONFIG)
-        self._run_directory = kojibuild.RunDirectory.make(Path(self.workdir), runs)
+        runs = taskrun.runs_directory(CONFIG)
+        self._run_directory = taskrun.RunDirectory.make(Path(self.workdir), runs)
         self.workdir = str(self._run_directory.path)
 
     def removeWorkdir(self):
@@ -56,14 +59,29 @@ class _Task(koji.tasks.BaseTaskHandler):
 
     def _suits(self, arch, hostdata):
         """A False is for good; what may change is asked in handler(), whose refusals are not."""
-        return kojibuild.runs_here(arch, hostdata["arches"].split())
+        if not taskrun.runs_here(arch, hostdata["arches"].split()):
+            return False
+        return RefuseTask is not None or not self._lacks_something(arch)
+
+    def _lacks_something(self, arch):
+        """What handler() asks, for a Koji in which it is too late then."""
+        try:
+            spec = TaskSpec.from_dict(self.params[0])
+            settings = taskrun.task_settings(CONFIG, spec, Path(self.workdir))
+            taskrun.require_host(spec, arch, settings)
+        except taskrun.Unsuitable as reason:
+            self.logger.warning("task %s is left to other hosts: %s", self.id, reason)
+            return True
+        except IndirectionError:
+            pass  # the task itself will tell
+        return False
 
     def _settings(self, spec, arch):
         """Of this host, which must suit the arch that it is to build, if it is to build one."""
-        settings = kojibuild.task_settings(CONFIG, spec, Path(self.workdir) / "vm")
+        settings = taskrun.task_settings(CONFIG, spec, Path(self.workdir) / "vm")
         if arch is not None:
             with _refusals():
-                kojibuild.require_host(spec, arch, settings)
+                taskrun.require_host(spec, arch, settings)
         return settings
 
     # The daemon's means
@@ -76,7 +94,7 @@ class _Task(koji.tasks.BaseTaskHandler):
             koji.daemon.incremental_upload(self.session, name, file, self.getUploadDir())
 
         topdir = getattr(self.options, "topdir", None)
-        return kojibuild.Daemon(
+        return taskrun.Daemon(
             session=self.session,
             task_id=self.id,
             topurl=getattr(self.options, "topurl", None),
@@ -107,7 +125,7 @@ class _Task(koji.tasks.BaseTaskHandler):
         log = Path(self.workdir) / "checkout.log"
         # Nobody is there to be asked for a password.
         os.environ["GIT_TERMINAL_PROMPT"] = "0"
-        with kojibuild.checkout_deadline(kojibuild.task_settings(CONFIG, spec, Path(self.workdir))):
+        with taskrun.checkout_deadline(taskrun.task_settings(CONFIG, spec, Path(self.workdir))):
             checkout = scm.checkout(str(directory), self.session, self.getUploadDir(), str(log))
         return Path(checkout), scm.get_source()["source"]
 
@@ -136,7 +154,7 @@ class IndirectionBuildTask(_Task):
         """The spec says it all; target and opts are for the hub's policies."""
         if MISSING:
             raise koji.GenericError(MISSING)
-        with _told_to_koji(), kojibuild.interrupted_once():
+        with _told_to_koji(), taskrun.interrupted_once():
             return self._build(TaskSpec.from_dict(spec))
 
     def _build(self, spec):
@@ -144,21 +162,21 @@ class IndirectionBuildTask(_Task):
 
     def _tagged(self, spec):
         build = kojibuild.own_build(self.session, self.id)
-        complete = build is not None and build["state"] == kojibuild.COMPLETE
+        complete = build is not None and build["state"] == handover.COMPLETE
         daemon = self._daemon(spec)
         with self._failing(build):
             settings = None if complete else self._settings(spec, self._only_arch())
             target = kojibuild.check_target(self.session, spec)
             inputs = None if complete else self._inputs(spec, target, settings)
         if complete:
-            _, entries = kojibuild.handed_over(daemon) or (None, None)
+            _, entries = handover.handed_over(daemon) or (None, None)
         else:
             if build is None:
                 with self._failing(None):
                     build = kojibuild.init_build(self.session, self.id, spec, inputs)
             with self._failing(build):
                 entries = self._entries(spec, _nvr(build), inputs, settings)
-                kojibuild.complete_build(daemon, build, entries)
+                handover.complete_build(daemon, build, entries)
         if entries is not None:
             self._record_inputs(build, entries)
         if not spec.skip_tag:
@@ -167,28 +185,28 @@ class IndirectionBuildTask(_Task):
 
     def _scratch(self, spec):
         daemon = self._daemon(spec)
-        earlier = kojibuild.handed_over(daemon)
+        earlier = handover.handed_over(daemon)
         if earlier is not None:
             nvr, entries = earlier
-            files = kojibuild.move_to_scratch_again(daemon, entries)
+            files = handover.move_to_scratch_again(daemon, entries)
         else:
             settings = self._settings(spec, self._only_arch())
             target = kojibuild.check_target(self.session, spec)
             inputs = self._inputs(spec, target, settings)
             nvr = f"{spec.name}-{spec.version}-{kojibuild.release_of(self.session, spec)}"
             entries = self._entries(spec, nvr, inputs, settings)
-            files = kojibuild.move_to_scratch(daemon, nvr, entries)
+            files = handover.move_to_scratch(daemon, nvr, entries)
         return {"nvr": nvr, "files": files, "task_id": self.id}
 
     def _inputs(self, spec, target, settings):
-        inputs = kojibuild.find_inputs(self._daemon(spec), spec, target, settings)
+        inputs = taskinputs.find_inputs(self._daemon(spec), spec, target, settings)
         types = kojibuild.ArchiveTypes(self.session)
         for arch in spec.arches:
             types.check_patterns(spec.build_for(arch).results)
         arch = self._only_arch()
         if arch is not None:
             with _refusals():
-                kojibuild.require_space(inputs[arch], settings)
+                taskrun.require_space(inputs[arch].input_image, settings)
         return inputs
 
     def _entries(self, spec, nvr, inputs, settings):
@@ -220,10 +238,9 @@ class IndirectionBuildTask(_Task):
         """
         try:
             yield
-        except koji.tasks.RefuseTask:
-            raise
-        except Exception:
-            self._fail(build)
+        except Exception as error:
+            if RefuseTask is None or not isinstance(error, RefuseTask):
+                self._fail(build)
             raise
 
     def _fail(self, build):
@@ -238,7 +255,7 @@ class IndirectionBuildTask(_Task):
 
     def _record_inputs(self, build, entries):
         """With the hub's plugin, if it has this call; build.extra tells the same in any case."""
-        images, template = kojibuild.provenance(entries)
+        images, template = handover.provenance(entries)
         try:
             self.session.host.recordIndirectionInputs(self.id, build["id"], images, template)
         except (koji.GenericError, xmlrpc.client.Fault) as error:
@@ -268,12 +285,12 @@ class IndirectionBuildArchTask(_Task):
     def handler(self, spec, arch, nvr, pinned):
         if MISSING:
             raise koji.GenericError(MISSING)
-        with _told_to_koji(), kojibuild.interrupted_once():
+        with _told_to_koji(), taskrun.interrupted_once():
             spec = TaskSpec.from_dict(spec)
             daemon, settings = self._daemon(spec), self._settings(spec, arch)
-            inputs = kojibuild.pinned_inputs(daemon, spec, pinned, settings)
+            inputs = taskinputs.pinned_inputs(daemon, spec, pinned, settings)
             with _refusals():
-                kojibuild.require_space(inputs, settings)
+                taskrun.require_space(inputs.input_image, settings)
             return kojibuild.build_arch(daemon, spec, arch, nvr, inputs, settings)
 
 
@@ -297,8 +314,10 @@ def _refusals():
     """Soft ones, with their reason in the hub's log; only before anything has been done."""
     try:
         yield
-    except kojibuild.Unsuitable as error:
-        raise koji.tasks.RefuseTask(str(error)) from error
+    except taskrun.Unsuitable as error:
+        if RefuseTask is None:
+            raise BuilderFault(str(error)) from error
+        raise RefuseTask(str(error)) from error
 
 
 if not MISSING:

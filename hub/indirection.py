@@ -24,8 +24,8 @@ MAX_PRIORITY = 1000
 POLICY = "indirection"
 UPLOAD_POLICY = "indirection_template_upload"
 
-# So that kojiweb shows the parameters by name, and Koji's own policies find what they know by
-# these names: target, and scratch in opts. The builder reads the spec alone.
+# So that Koji's own policies find what they know by these names: target, and scratch in opts. The
+# builder reads the spec alone. kojiweb, a process of its own, loads no plugins: it shows a list.
 koji.tasks.LEGACY_SIGNATURES.update(
     {
         METHOD: [[["spec", "target", "opts"], None, None, (None, None)]],
@@ -49,15 +49,17 @@ def indirectionBuild(spec, priority=None):
     """
     context.session.assertPerm("image")
     checked = _task_spec(spec)
-    task_options = {"channel": _settings()["channel"]}
-    if priority is not None:
-        task_options["priority"] = koji.PRIO_DEFAULT + _checked_priority(priority)
     target = kojihub.get_build_target(checked.target)
     if target is None:
         raise koji.ParameterError(f"target: there is no build target {checked.target!r}")
-    # One arch is built by the task itself, several by a subtask each.
-    task_options["arch"] = checked.arches[0] if len(checked.arches) == 1 else "noarch"
     _check_arches(checked, target)
+    task_options = {
+        "channel": _settings()["channel"],
+        # One arch is built by the task itself, several by a subtask each.
+        "arch": checked.arches[0] if len(checked.arches) == 1 else "noarch",
+    }
+    if priority is not None:
+        task_options["priority"] = koji.PRIO_DEFAULT + _checked_priority(priority)
     policy_data = _policy_data(checked, target, task_options["channel"])
     if checked.template_upload is not None and not checked.scratch:
         _check_upload(policy_data)

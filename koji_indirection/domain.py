@@ -19,8 +19,15 @@ from .firmware import Firmware
 from .guestjob import LOG_PORT, STATUS_PORT
 from .spec import USER_NETWORK
 
-# os-release IDs of systems built for x86-64-v2 and -v3, by major version (facts: RHEL 9, RHEL 10).
+# os-release IDs of systems compiled for more than the first x86-64: since which major version
+# they need x86-64-v2, and v3.
 _RHEL_LIKE = ("rhel", "centos", "almalinux", "rocky", "ol", "eurolinux", "circle")
+_NEEDS_V2 = {
+    **dict.fromkeys(_RHEL_LIKE, 9),
+    **dict.fromkeys(("sles", "sled", "opensuse-leap"), 16),
+    "amzn": 2023,
+}
+_NEEDS_V3 = dict.fromkeys(_RHEL_LIKE, 10)
 
 # How libvirt, and the guest, begin the names of disks on a bus.
 _BUS_PREFIX = {"virtio": "vd", "sata": "sd", "ide": "hd"}
@@ -131,14 +138,14 @@ def serial_reports(missing_drivers: Collection[str], arch: Arch) -> bool:
 def tcg_cpu_model(os_id: str, version_id: str, arch: Arch = ARCHES["x86_64"]) -> str:
     """The fastest CPU model under TCG that this guest's binaries run on.
 
-    qemu64 boots in 25 s where `max` takes 32 to 37 s; RHEL 9 and its rebuilds
-    are compiled for x86-64-v2, RHEL 10 for v3, so they need more.
+    qemu64 boots in 25 s where `max` takes 32 to 37 s, but some systems need more.
     """
-    if arch.name != "x86_64":
-        return arch.tcg_cpu_model
     major = version_id.partition(".")[0]
-    if os_id in _RHEL_LIKE and major.isdecimal() and int(major) >= 9:
-        return "Nehalem" if int(major) == 9 else "Haswell-noTSX"
+    if arch.name != "x86_64" or not major.isdecimal():
+        return arch.tcg_cpu_model
+    for needs, model in ((_NEEDS_V3, "Haswell-noTSX"), (_NEEDS_V2, "Nehalem")):
+        if os_id in needs and int(major) >= needs[os_id]:
+            return model
     return arch.tcg_cpu_model
 
 

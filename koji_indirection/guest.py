@@ -1,7 +1,7 @@
 """Put the job into the overlay of the utility image, so that the guest runs it at boot.
 
-Works on an appliance in which the overlay is a drive; never on the host. Only
-files under /etc are written, because /etc is on the root file system everywhere.
+Works on an appliance in which the overlay is a drive; never on the host. Files are
+written under /etc only, because /etc is on the root file system everywhere.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _LABELS = (
     (r"/etc/selinux/config$", "selinux_config_t"),
     (r"", "etc_t"),
 )
+# With it a guest that has SELinux gives all its files their labels at boot, and then reboots.
+_RELABEL_MARK = "/.autorelabel"
 _DRIVERS = ("virtio_blk", "virtio_console", "ahci", "ata_piix")
 
 
@@ -78,6 +80,9 @@ def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem
     archive.write_bytes(job_archive(job, start=start, selinux_config=selinux_config))
     for path in start.removed:
         appliance.call("rm", f"/{path}")
+    if appliance.call("is_file", _RELABEL_MARK):
+        log.info("utility image: it is not relabelled at boot, as %s says: removed", _RELABEL_MARK)
+        appliance.call("rm", _RELABEL_MARK)
     for old, new in start.moved.items():
         appliance.call("mv", f"/{old}", f"/{new}")
     appliance.call("tar_in", str(archive), "/")

@@ -58,7 +58,7 @@ class GuestJob:
     """All that the guest is to do, in the order of the fields.
 
     network -- "user", a libvirt network's name, or None: what to wait for.
-    media -- (device, file system) of a disk with packages, or None.
+    media -- (name, file system) of a disk with packages, e.g. ("vdc", "iso9660"), or None.
     commands -- those of the template that run; skipped -- those for other arches.
     environment -- more variables for set-up and commands.
     workspace -- the device with the workspace's file system.
@@ -156,8 +156,7 @@ def _settings(job: GuestJob) -> bytes:
         "DISKS": " ".join(_disks(job)),
         "SETUP": " ".join(job.steps),
         "NETWORK": job.network or "",
-        "MEDIA_DEVICE": device,
-        "MEDIA_SERIAL": MEDIA_SERIAL if device else "",
+        "MEDIA_DEVICE": f"/dev/{device}" if device else "",
         "MEDIA_FS": file_system,
     }
     if job.terminal is not None:
@@ -265,7 +264,9 @@ def _dnf_repository(repository: Repository, identity: str, url: str) -> str:
         f"[{identity}]\nname={repository.name}\nbaseurl={url}\nenabled=1\n"
         # Unreachable must be an error: what is to be installed would come from elsewhere.
         f"skip_if_unavailable=0\ngpgcheck={repository.signed:d}\n"
-        f"sslverify={repository.sslverify:d}\n"
+        # A guest may want the metadata signed, too.
+        + ("" if repository.signed else "repo_gpgcheck=0\n")
+        + f"sslverify={repository.sslverify:d}\n"
     )
 
 

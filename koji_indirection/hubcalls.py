@@ -86,7 +86,7 @@ _SLOW = frozenset(
     )
 )
 
-# Not calls, but made of some; repeated by koji's client, and by kojibuild.upload_verified().
+# Not calls, but made of some; repeated by koji's client, and by handover.upload_verified().
 _UPLOADS = frozenset(("rawUpload", "uploadWrapper"))
 
 

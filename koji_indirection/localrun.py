@@ -30,9 +30,9 @@ from .taskspec import TaskSpec
 
 if TYPE_CHECKING:
     from .display import Display
-    from .kojibuild import Inputs
     from .pipeline import Order
     from .sources import Source
+    from .taskinputs import Inputs
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _prepare(
 ) -> tuple[Order, Settings, Display]:
     """Find and fetch the inputs; what pipeline.build() takes, for as long as the stack holds it."""
     _require_engine(order.arch)
-    from . import kojibuild, network, output, pipeline
+    from . import kojibuild, network, output, pipeline, taskinputs
     from .display import Display, log_shown_on
 
     settings = _settings(here, order)
@@ -135,7 +135,7 @@ def _prepare(
     log.info("template: %s, sha256 %s", inputs.template_source, inputs.template.sha256)
     display.phase("fetch")
     engine_order = pipeline.Order(
-        spec=kojibuild.with_tag_repo(order.build, inputs, order.arch, hub.topurl),
+        spec=taskinputs.with_tag_repo(order.build, inputs, order.arch, hub.topurl),
         template=inputs.template,
         template_name=Path(order.spec.template).name,
         input_image=enter(fetched(hub, inputs.input_image, settings)),
@@ -151,7 +151,7 @@ def _prepare(
 def _require_engine(arch: str) -> None:
     """Raise a BuilderFault before anything large is fetched, if nothing can be built here."""
     try:
-        from . import appliance, display, kojibuild, machine  # noqa: F401
+        from . import appliance, display, kojibuild, machine, taskrun  # noqa: F401
     except ImportError as error:
         raise BuilderFault(
             f"this machine cannot build: {error}",
@@ -159,7 +159,7 @@ def _require_engine(arch: str) -> None:
         ) from error
     machine.libvirt_module()
     appliance.guestfs_module()
-    if not kojibuild.runs_here(arch, [arch]):
+    if not taskrun.runs_here(arch, [arch]):
         raise UsageError(
             f"this machine cannot run a guest of arch {arch}",
             "name an arch with --arch that it can run, or use a machine of that arch",
@@ -204,13 +204,13 @@ def inputs_of(
     images -- the input image and the utility image.
     tag_repo -- with the repository that the build tag has now.
     """
-    from . import kojibuild, template
+    from . import taskinputs, template
 
     parsed = template.parse(text, source=Path(spec.template).name)
     repository = None
     if tag_repo:
-        repository = kojibuild.tag_repo_of(hub.session, require_target(hub.session, spec))
-    return kojibuild.Inputs(
+        repository = taskinputs.tag_repo_of(hub.session, require_target(hub.session, spec))
+    return taskinputs.Inputs(
         template=parsed,
         template_text=text,
         template_source=source,
@@ -221,10 +221,10 @@ def inputs_of(
 
 
 def fetched(hub: Hub, source: Source, settings: Settings) -> AbstractContextManager[Path]:
-    """The file of a source, for as long as the block lasts; see sources.fetch()."""
-    from . import cache, sources
+    """The file of a source, for as long as the block lasts; see imagefetch.fetch()."""
+    from . import cache, imagefetch
 
-    return sources.fetch(
+    return imagefetch.fetch(
         source,
         topurl=hub.topurl,
         topdir=hub.topdir,
@@ -266,12 +266,12 @@ def template_in(url: str, name: str, directory: Path) -> tuple[bytes, str]:
     BuildFailed when git cannot get it or the template is not in there.
     """
     from . import template
-    from .kojibuild import file_in_checkout
+    from .taskinputs import file_in_checkout
 
     match = _SCM.fullmatch(url)
     if match is None or match.group(1) not in _SCHEMES:
         raise UsageError(
-            f"{_without_password(url)} cannot be checked out here",
+            f"{url} cannot be checked out here",
             "write git+https://HOST/REPOSITORY#REF (or git+http, git+ssh, git), without a password",
         )
     scheme, user, host, path, module, ref = match.groups()
@@ -291,7 +291,7 @@ def _commit(checkout: Path, ref: str, url: str) -> str:
     """The id of the commit that a branch, a tag or an id means."""
     wanted = ref[len("origin/") :] if ref.startswith("origin/") else ref
     try:
-        _git(["-C", checkout, "fetch", "--quiet", "origin", wanted], url)
+        _git(["-C", checkout, "fetch", "--quiet", "--", "origin", wanted], url)
         found = "FETCH_HEAD"
     except BuildFailed:
         found = ref  # a commit's id, which few servers give when asked for it
@@ -309,10 +309,6 @@ def _git(arguments: Sequence[str | Path], url: str) -> str:
     except programs.ProgramFailed as failure:
         said = failure.stderr.splitlines() or [str(failure.returncode)]
         raise BuildFailed(
-            f"git cannot check out {_without_password(url)}: {said[-1]}",
+            f"git cannot check out {url}: {said[-1]}",
             "check the URL and its REF, and that you may read the repository",
         ) from failure
-
-
-def _without_password(url: str) -> str:
-    return re.sub("//[^/@]*@", "//", url)

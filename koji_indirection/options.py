@@ -89,8 +89,6 @@ def _flag(flag: str, help_: str, *, opposite: str = "") -> Option:
     return Option(flag, "", help_, field, yes_or_no, opposite or f"--no-{name}")
 
 
-_BUILD = BuildSpec()
-
 # What a guest is like and what is taken from it: of both commands.
 BUILD_GROUPS: Mapping[str, Sequence[Option]] = {
     "What is collected": (
@@ -106,11 +104,11 @@ BUILD_GROUPS: Mapping[str, Sequence[Option]] = {
                " not as a file", "input_device"),
         _flag("--input-writable", "with --input-device: make it a throw-away writable copy"),
         Option("--workspace-device", "DEVICE", "the workspace's disk (default:"
-               f" {_BUILD.workspace_device})", "workspace_device"),
+               f" {BuildSpec.workspace_device})", "workspace_device"),
         Option("--workspace-size", "SIZE", "such as 30G (default:"
-               f" {format_size(_BUILD.workspace_size_bytes)})", "workspace_size_bytes",
+               f" {format_size(BuildSpec.workspace_size_bytes)})", "workspace_size_bytes",
                parse_size),
-        Option("--workspace-fs", "TYPE", f"ext4, ext2 or xfs (default: {_BUILD.workspace_fs})",
+        Option("--workspace-fs", "TYPE", f"ext4, ext2 or xfs (default: {BuildSpec.workspace_fs})",
                "workspace_fs"),
         Option("--firmware", "KIND", "auto, bios or uefi (default: auto: BIOS if the utility image"
                " boots by one, else UEFI)", "firmware"),
@@ -118,7 +116,7 @@ BUILD_GROUPS: Mapping[str, Sequence[Option]] = {
         Option("--disk-bus", "BUS", "auto, virtio, sata or ide (default: auto: virtio if the"
                " utility image has a driver for it)", "disk_bus"),
         Option("--cpus", "N", "(default: all of the builder's, up to 4)", "cpus", _whole_number),
-        Option("--memory", "SIZE", f"such as 4G (default: {format_size(_BUILD.memory_bytes)})",
+        Option("--memory", "SIZE", f"such as 4G (default: {format_size(BuildSpec.memory_bytes)})",
                "memory_bytes", parse_size),
         Option("--network", "NAME", "user (NAT) or a libvirt network, if the builder allows it"
                " (default: none)", "network"),
@@ -130,7 +128,7 @@ BUILD_GROUPS: Mapping[str, Sequence[Option]] = {
     ),
     "Deadlines, such as 90s, 15m or 4h": (
         Option("--timeout", "TIME", "all commands together (default:"
-               f" {format_duration(_BUILD.job_timeout_seconds)})", "job_timeout_seconds",
+               f" {format_duration(BuildSpec.job_timeout_seconds)})", "job_timeout_seconds",
                parse_duration),
         Option("--command-timeout", "TIME", "each command (default: as long as the job may take)",
                "command_timeout_seconds", parse_duration),

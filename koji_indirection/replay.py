@@ -26,7 +26,7 @@ from .taskspec import INPUT_ROLES, MAX_ID, TaskSpec
 
 if TYPE_CHECKING:
     from .config import Settings
-    from .kojibuild import Inputs
+    from .taskinputs import Inputs
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def _read_subtask(session: Any, info: Mapping[str, Any], wanted: str | None) -> 
 
 
 def _pinned(pinned: Mapping[str, Any]) -> _Record:
-    """What the parent has told a subtask, see kojibuild.Inputs.pinned()."""
+    """What the parent has told a subtask, see taskinputs.Inputs.pinned()."""
     images = {role: pinned[role.replace(" ", "_")] for role in INPUT_ROLES}
     commit = str(pinned["template_source"]).partition("#")[2]
     return _Record(images, pinned["template_sha256"], commit or None)
@@ -363,12 +363,12 @@ def _kept_template(session: Any, task_id: int) -> bytes | None:
 def _original_template(
     hub: Hub, task: _Task, settings: Settings, directory: Path
 ) -> tuple[bytes, str]:
-    from . import kojibuild
+    from . import taskinputs
 
     spec = task.spec
     if spec.template_scm is not None:
         return template_in(_scm_url(task, spec.template_scm), spec.template, directory)
-    source = kojibuild.uploaded_template(hub.session, spec)
+    source = taskinputs.uploaded_template(hub.session, spec)
     with fetched(hub, source, settings) as path:
         return path.read_bytes(), f"{spec.template_upload}/{spec.template}"
 

@@ -41,10 +41,19 @@ def mount_root(appliance: Appliance) -> str:
         if _looks_like_root(appliance):
             _mount_usr(appliance)
             return device
+        if appliance.call("is_dir", "/ostree/deploy"):
+            raise BuildFailed(
+                "the utility image is an ostree system, whose root is no file system but a"
+                " directory in one, where no job can be put",
+                "use an image of the same release that is made of packages",
+            )
         appliance.call("umount_all")
     roots: list[str] = appliance.call("inspect_os")
     if not roots:
         found = ", ".join(f"{device} ({kind})" for device, kind in file_systems.items())
+        hint = "use an image of a full, bootable system as utility image"
+        if unreadable:
+            hint += "; libguestfs's kernel may be too old for a file system that does not mount"
         raise BuildFailed(
             "; ".join(
                 [
@@ -53,7 +62,7 @@ def mount_root(appliance: Appliance) -> str:
                     *unreadable,
                 ]
             ),
-            "use an image of a full, bootable system as utility image",
+            hint,
         )
     mountpoints: dict[str, str] = appliance.call("inspect_get_mountpoints", roots[0])
     for directory in sorted(mountpoints, key=len):

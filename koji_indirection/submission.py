@@ -36,7 +36,7 @@ from .units import format_duration, format_size
 
 if TYPE_CHECKING:
     from .config import Settings
-    from .kojibuild import Inputs
+    from .taskinputs import Inputs
 
 COMMAND = "indirection-build"
 SECTIONS = (COMMAND, "image-build-indirection")

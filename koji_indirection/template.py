@@ -40,6 +40,7 @@ MAX_FILE_NAME_LENGTH = 1000
 _MAX_IGNORED = 50
 _MAX_SHOWN = 60
 
+_BLANK = " \t\r\n"  # to XML, and so to template.rng; not the no-break space that web pages have
 _OWN_DIRECTORY = "/etc/koji-indirection"
 _BLOCKS = ("repositories", "packages", "files", "commands")
 
@@ -378,7 +379,7 @@ class _Reader:
     def name(self, element: _Element, max_length: int = MAX_NAME_LENGTH) -> str:
         """The required name attribute: one printable line, without blank space around it."""
         tag = _tag(element)
-        name = (element.get("name") or "").strip()
+        name = (element.get("name") or "").strip(_BLANK)
         if not name:
             self.fail(element, f"a {tag} has no name", f"write <{tag} name='...'>")
         if len(name) > max_length:
@@ -403,7 +404,7 @@ class _Reader:
                 f"{what} has an element <{_tag(child)}> in it",
                 "only text may stand there: write < as &lt;, or use CDATA",
             )
-        return (element.text or "").strip()
+        return (element.text or "").strip(_BLANK)
 
     def unique(self, element: _Element, name: str, seen: dict[str, int]) -> None:
         """Oz lets the later of two win, or runs both; two of a name are a mistake, so refused."""
@@ -705,7 +706,8 @@ def _file_owner(reader: _Reader, element: _Element, what: str) -> str | None:
 
 def _check_file_url(reader: _Reader, element: _Element, what: str, url: str) -> None:
     """http and https only: Oz reads `file://` from the builder's own disk."""
-    if re.fullmatch(r"https?://[^\s/]\S*", url, re.IGNORECASE) and url.isprintable():
+    is_address = re.fullmatch(r"https?://[^\s/]\S*", url, re.IGNORECASE) and url.isascii()
+    if is_address and url.isprintable():
         if has_credentials(url):
             reader.fail(
                 element,
@@ -714,7 +716,7 @@ def _check_file_url(reader: _Reader, element: _Element, what: str, url: str) -> 
                 "give an address that needs none",
             )
         return
-    hint = "give an http or https address, or the content itself with type raw or base64"
+    hint = "give an http or https address in ASCII, or the content itself as type raw or base64"
     if url.lower().startswith("file:"):
         reader.fail(
             element,

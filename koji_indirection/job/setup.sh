@@ -72,6 +72,10 @@ wait_for_address() {
     done
 }
 
+has_nameserver() {
+    grep -q '^[[:space:]]*nameserver' "$ROOT/etc/resolv.conf" 2>/dev/null
+}
+
 # True when the guest has a program at work that configures interfaces.
 is_configuring() {
     for comm in "$ROOT"/proc/[0-9]*/comm; do
@@ -132,7 +136,14 @@ step_network() {
         ask_dhcp "$interface" || use_fixed_address "$interface" ||
             fail "the guest got no address on its network: it answers no DHCP request, or the guest has no program that asks"
     fi
-    if [ "$NETWORK" = user ] && ! grep -q '^[[:space:]]*nameserver' "$ROOT/etc/resolv.conf" 2>/dev/null; then
+    # What configures the interface writes down the name servers after the address; and an address
+    # of IPv6 may have come by itself, long before it is done.
+    tries=0
+    while is_configuring && ! has_nameserver && [ "$tries" -lt 10 ]; do
+        tries=$((tries + 1))
+        sleep 1
+    done
+    if [ "$NETWORK" = user ] && ! has_nameserver; then
         [ -L "$ROOT/etc/resolv.conf" ] && rm -f "$ROOT/etc/resolv.conf"
         echo 'nameserver 10.0.2.3' >"$ROOT/etc/resolv.conf"
     fi
@@ -143,29 +154,10 @@ step_network() {
 
 # --- media ------------------------------------------------------------------------------------
 
-# Print the device of the disk with this serial, or the name that it was to get.
-disk_named() {
-    if [ -b "/dev/disk/by-id/virtio-$1" ]; then
-        echo "/dev/disk/by-id/virtio-$1"
-        return
-    fi
-    for serial_file in "$ROOT"/sys/block/*/serial; do
-        [ -e "$serial_file" ] || continue
-        read -r serial <"$serial_file" || [ -n "$serial" ] || continue
-        if [ "$serial" = "$1" ]; then
-            disk=${serial_file%/serial}
-            echo "/dev/${disk##*/}"
-            return
-        fi
-    done
-    echo "$2"
-}
-
 step_media() {
-    device=$(disk_named "$MEDIA_SERIAL" "$MEDIA_DEVICE")
     mkdir -p "$INDIRECTION_MEDIA"
-    run mount -t "$MEDIA_FS" -o ro "$device" "$INDIRECTION_MEDIA" ||
-        fail "the media cannot be mounted from $device: $(complaint)"
+    run mount -t "$MEDIA_FS" -o ro "$MEDIA_DEVICE" "$INDIRECTION_MEDIA" ||
+        fail "the media cannot be mounted from $MEDIA_DEVICE: $(complaint)"
     ls -l "$INDIRECTION_MEDIA"
 }
 
@@ -271,7 +263,8 @@ media_rpm() {
 name=media $number
 baseurl=file://${repomd%/repodata/repomd.xml}
 enabled=1
-gpgcheck=0"
+gpgcheck=0
+repo_gpgcheck=0"
     done
 }
 

@@ -275,6 +275,30 @@ def test_images_are_named_in_every_way_that_koji_has(koji: AnyKoji, submit: Subm
     )
 
 
+def test_images_are_read_in_place_where_the_tree_of_koji_is_mounted(
+    koji: AnyKoji, submit: Submit
+) -> None:
+    mounted = {"topdir": str(koji.topdir), "topurl": "http://127.0.0.1:1/nobody-is-here"}
+    conf = builder_conf(koji, cache="unused-cache")
+    (image,) = (koji.topdir / "packages" / INPUT.replace("-", "/")).rglob("tiny.x86_64.qcow2")
+    before = as_it_is(image)
+    koji.builder_restart(settings=mounted, plugin_conf=conf)
+    try:
+        scratch = submit(MAKE_ISO, scratch=True)  # whose template is read in place, too
+        assert koji.wait_task(scratch, 300)["state"] == 2, fault_of(koji, scratch)
+        assert f"reading it in place, {image}" in koji.task_log(scratch, "task.log")
+        assert not (koji.work / "unused-cache" / "images").exists()
+        assert as_it_is(image) == before
+    finally:
+        koji.builder_restart(plugin_conf=builder_conf(koji))
+
+
+def as_it_is(path: Path) -> tuple[int, ...]:
+    """All that a build could change of an image, which libvirt would like to own."""
+    status = path.stat()
+    return status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns
+
+
 def test_the_manifest_names_template_and_images_as_koji_does(koji: AnyKoji, submit: Submit) -> None:
     task_id = submit("exit 1", build={"results": ["/results/*.iso"]})
     koji.wait_task(task_id, 300)

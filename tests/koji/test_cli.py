@@ -139,21 +139,35 @@ def test_usage_errors_need_no_login(hub: AnyKoji, arguments: Any, message: str) 
     assert done.stdout == ""
 
 
+def without(
+    hub: AnyKoji, module: str, tmp_path: Path, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    """A command of koji's where this module is not installed."""
+    (tmp_path / f"{module}.py").write_text("raise ImportError('it is not here')")
+    environment = hub.cli_environment()
+    environment["PYTHONPATH"] = f"{tmp_path}:{environment['PYTHONPATH']}"
+    argv = hub.cli_argv(*arguments)
+    return subprocess.run(argv, env=environment, capture_output=True, text=True)
+
+
 def test_without_the_library_other_commands_work_and_this_one_says_why(
     hub: AnyKoji, tmp_path: Path
 ) -> None:
-    (tmp_path / "koji_indirection.py").write_text("raise ImportError('it is not here')")
-    environment = hub.cli_environment()
-    environment["PYTHONPATH"] = f"{tmp_path}:{environment['PYTHONPATH']}"
-
-    def koji(*arguments: str) -> subprocess.CompletedProcess[str]:
-        argv = hub.cli_argv(*arguments)
-        return subprocess.run(argv, env=environment, capture_output=True, text=True)
-
-    assert koji("list-targets").returncode == 0
-    done = koji("indirection-build", "--help")
+    assert without(hub, "koji_indirection", tmp_path, "list-targets").returncode == 0
+    done = without(hub, "koji_indirection", tmp_path, "indirection-build", "--help")
     assert done.returncode == 3
     assert "it is not here (install the Python module koji_indirection" in done.stderr
+
+
+def test_without_jsonschema_there_is_help_and_a_build_says_what_to_install(
+    hub: AnyKoji, tmp_path: Path
+) -> None:
+    done = without(hub, "jsonschema", tmp_path, "indirection-build", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = without(hub, "jsonschema", tmp_path, "indirection-build", *ENOUGH)
+    assert done.returncode == 3
+    assert done.stderr.startswith("builder fault: build specs cannot be checked: ")
+    assert "install python3-jsonschema" in done.stderr
 
 
 # Submitting
@@ -220,10 +234,8 @@ def test_the_upload_shows_progress_on_a_terminal_unless_told_not_to(
 
 
 def on_a_terminal(hub: AnyKoji, *arguments: object) -> str:
-    code = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
-    argv = hub.cli_argv("indirection-build", *arguments, user="alice")
     done = subprocess.run(
-        [sys.executable, "-c", code, *argv],
+        terminal_argv(hub, *arguments),
         env=hub.cli_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -233,6 +245,13 @@ def on_a_terminal(hub: AnyKoji, *arguments: object) -> str:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Created task: " in done.stdout
     return done.stdout
+
+
+def terminal_argv(hub: AnyKoji, *arguments: object) -> list[str]:
+    """The command with a terminal of its own, whose output goes to standard output."""
+    code = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    argv = hub.cli_argv("indirection-build", *arguments, user="alice")
+    return [sys.executable, "-c", code, *argv]
 
 
 @pytest.mark.parametrize("section", ["image-build-indirection", "indirection-build"])
@@ -320,11 +339,13 @@ def test_a_hub_without_the_plugin_is_told_of(hub: AnyKoji) -> None:
 
 
 @contextmanager
-def waiting(hub: AnyKoji, *arguments: object) -> Iterator[tuple[Any, int]]:
-    """The command, running, and its task."""
+def waiting(
+    hub: AnyKoji, *arguments: object, argv: list[str] | None = None
+) -> Iterator[tuple[Any, int]]:
+    """The command, running, and its task; argv is the whole of it, if it is a special one."""
     before = set(tasks(hub))
     command = subprocess.Popen(
-        hub.cli_argv("indirection-build", *ENOUGH, "--wait", *arguments, user="alice"),
+        argv or hub.cli_argv("indirection-build", *ENOUGH, "--wait", *arguments, user="alice"),
         env=hub.cli_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -342,6 +363,13 @@ def waiting(hub: AnyKoji, *arguments: object) -> Iterator[tuple[Any, int]]:
     finally:
         command.kill()
         command.communicate()
+
+
+def test_on_a_terminal_it_waits_without_being_told_to(hub: AnyKoji) -> None:
+    with waiting(hub, argv=terminal_argv(hub, *ENOUGH)) as (command, task_id):
+        hub.admin_session().cancelTask(task_id)
+        command.communicate(timeout=60)
+    assert command.returncode == 1
 
 
 def test_the_exit_status_is_that_of_the_task(hub: AnyKoji) -> None:

@@ -432,7 +432,8 @@ def test_the_channel_can_be_set_and_the_policies_for_channels_see_the_request(
     policy = {
         "channel": """
             method indirectionBuild && target images && bool scratch :: use createrepo
-            all :: use default
+            buildtag images-build && match arch x86_64 :: use default
+            all :: use maven
         """
     }
     with hub_with(hub, policy=policy):

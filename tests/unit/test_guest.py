@@ -43,7 +43,7 @@ SETTINGS = (
     "SAMPLE_SECONDS=5\nSTATUS_TTY=''\nLOG_TTY=''\n"
     "WORKSPACE=/dev/vdc1\nINPUT=/dev/vdb\nRESULTS_DIR='/my results'\n"
     "DISKS='/dev/vdc:workspace /dev/vdb:input'\nSETUP=''\nNETWORK=''\n"
-    "MEDIA_DEVICE=''\nMEDIA_SERIAL=''\nMEDIA_FS=''\n"
+    "MEDIA_DEVICE=''\nMEDIA_FS=''\n"
 )
 JOB_FILES = {
     "etc/koji-indirection/run": (0o755, RUN_SH),
@@ -190,6 +190,12 @@ def test_a_guest_that_enforces_selinux_boots_permissive(
     assert tree(files.archive).get("etc/selinux/config") == (
         None if written is None else (0o644, written)
     )
+
+
+def test_a_guest_that_would_relabel_its_files_and_reboot_does_not(tmp_path: Path) -> None:
+    files = FakeGuest({**DEBIAN, "/.autorelabel": ""})
+    inject(files, tmp_path)
+    assert "/.autorelabel" not in files.files
 
 
 # run.sh

@@ -2,107 +2,24 @@
 
 from __future__ import annotations
 
-import configparser
 import dataclasses
-import hashlib
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-import xmlrpc.client
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from taskparts import BUILD, DAEMON, Hub, Refused, inputs, source, spec
 
-from koji_indirection import kojibuild, sources, sweep, template
-from koji_indirection.config import _SECTIONS, Download, Settings, load_settings
+from koji_indirection import kojibuild
 from koji_indirection.errors import BuilderFault, BuildFailed, UsageError
-from koji_indirection.kojibuild import ArchiveTypes, Inputs, LiveLogs, RunDirectory, Unsuitable
-from koji_indirection.taskspec import TaskSpec, check_provenance
+from koji_indirection.kojibuild import ArchiveTypes, LiveLogs
 
-# As the hub has them: a file's longest end wins.
-EXTENSIONS = ("iso", "qcow2", "raw raw.xz", "tar.gz tgz", "json", "vmlinuz", "xml")
-
-
-class Hub:
-    """Answers from attributes; calls are kept."""
-
-    host: Any
-
-    def __init__(self, **answers: Any) -> None:
-        self.answers = answers
-        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((name, args, kwargs))
-            answer = self.answers[name]
-            return answer(*args, **kwargs) if callable(answer) else answer
-
-        return call
-
-    def getArchiveType(self, filename: str) -> dict[str, str] | None:
-        parts = filename.lower().split(".")
-        for start in range(len(parts)):
-            for extensions in EXTENSIONS:
-                if ".".join(parts[start:]) in extensions.split():
-                    return {"extensions": extensions}
-        return None
-
-
-def spec(**fields: Any) -> TaskSpec:
-    values = {
-        "target": "images",
-        "name": "live",
-        "version": "1",
-        "arches": ["x86_64"],
-        "input_image": "in-1-1",
-        "utility_image": "latest:tools@f40",
-        "template": "live.tdl",
-        "template_scm": "git+https://example.com/t.git#main",
-        **fields,
-    }
-    return TaskSpec.from_dict(values)
-
-
-def source(role: str = "input image", **fields: Any) -> sources.Source:
-    values = {
-        "reference": "in-1-1" if role == "input image" else "latest:tools@f40",
-        "role": role,
-        "nvr": "in-1-1",
-        "build_id": 7,
-        "archive_id": 70,
-        "task_id": None,
-        "filename": "in.qcow2",
-        "size_bytes": 1000,
-        "checksum": "0" * 64,
-        "checksum_type": 2,
-        "arch": "x86_64",
-        "relpath": "packages/in/1/1/images/in.qcow2",
-        **fields,
-    }
-    return sources.Source(**values)
-
-
-def inputs(**fields: Any) -> Inputs:
-    text = b"<template><commands><command name='a'>true</command></commands></template>"
-    values = {
-        "template": template.parse(text, source="live.tdl"),
-        "template_text": text,
-        "template_source": "git+https://example.com/t.git#0123abc",
-        "input_image": source(),
-        "utility_image": source("utility image", archive_id=None, nvr=None, task_id=9),
-        **fields,
-    }
-    return Inputs(**values)
-
-
-# Names
+# --- names of results -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,125 +59,7 @@ def test_patterns_that_cannot_be_archives_are_refused_before_the_vm_starts(patte
         ArchiveTypes(Hub()).check_patterns([pattern])
 
 
-# The host
-
-
-def test_the_sample_of_the_settings_file_shows_the_defaults() -> None:
-    sample = Path(__file__).parents[2] / "builder" / "indirection.conf"
-    cache = Path("/var/cache/koji-indirection")
-    settings = load_settings([sample])
-    assert settings == dataclasses.replace(Settings(), cache_dir=cache)
-    shown = configparser.RawConfigParser()
-    shown.read(sample)
-    assert {name: set(keys) for name, keys in _SECTIONS.items()} == {
-        name: set(shown.options(name)) for name in shown.sections()
-    }
-
-
-def settings_from(path: Path, text: str, **fields: Any) -> Settings:
-    path.write_text(text)
-    return kojibuild.task_settings(path, spec(**fields), Path("/task"))
-
-
-@pytest.fixture
-def conf(tmp_path: Path) -> Path:
-    return tmp_path / "indirection.conf"
-
-
-def test_a_task_works_in_its_own_directory_unless_the_file_names_another(conf: Path) -> None:
-    assert kojibuild.task_settings(conf, spec(), Path("/task")).work_dir == Path("/task")
-    assert settings_from(conf, "[indirection]\nwork_dir =\n").work_dir == Path("/task")
-    assert settings_from(conf, "[indirection]\nwork_dir = /big\n").work_dir == Path("/big")
-
-
-def test_the_spec_chooses_the_accelerator_where_the_host_leaves_it_open(conf: Path) -> None:
-    assert settings_from(conf, "", accel="tcg").accel == "tcg"
-    assert settings_from(conf, "[indirection]\naccel = tcg\n").accel == "tcg"
-    asked = {"accel": "kvm"}
-    settings = settings_from(conf, "[indirection]\naccel = tcg\n", **asked)
-    with pytest.raises(Unsuitable, match="asks for kvm, this host is set to tcg"):
-        kojibuild.require_host(spec(**asked), "x86_64", settings)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [("[indirection]\nacel = tcg\n", "has no key 'acel'"), ("acel", "is not an ini file")],
-)
-def test_a_settings_file_with_a_mistake_is_the_builders_fault(
-    conf: Path, text: str, reason: str
-) -> None:
-    with pytest.raises(BuilderFault, match=reason):
-        settings_from(conf, text)
-    assert kojibuild.runs_directory(conf).name == "runs"
-
-
-def test_a_host_without_enough_memory_or_space_is_unsuitable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = Settings(accel="tcg", work_dir=tmp_path, cache_dir=tmp_path)
-    small = spec(build={"memory_bytes": 256 * 2**20})
-    kojibuild.require_host(small, "x86_64", settings)
-    monkeypatch.setattr(kojibuild, "_available_memory_bytes", lambda: 2**20)
-    with pytest.raises(Unsuitable, match=r"of memory, 1.* are free"):
-        kojibuild.require_host(small, "x86_64", settings)
-    with pytest.raises(Unsuitable, match="the build needs"):
-        kojibuild.require_space(inputs(input_image=source(size_bytes=2**60)), settings)
-
-
-def test_a_build_above_a_limit_is_refused_for_good_and_an_unknown_network_softly(
-    tmp_path: Path,
-) -> None:
-    settings = Settings(accel="tcg", work_dir=tmp_path, cache_dir=tmp_path, max_cpus=2)
-    with pytest.raises(UsageError, match=r"cpus is 3, above this machine's limit of 2 \(max_cpus"):
-        kojibuild.require_host(spec(build={"cpus": 3}), "x86_64", settings)
-    asks = spec(build={"network": "lan", "memory_bytes": 128 * 2**20})
-    with pytest.raises(Unsuitable, match="asks for the network lan, this host allows none"):
-        kojibuild.require_host(asks, "x86_64", settings)
-    kojibuild.require_host(asks, "x86_64", dataclasses.replace(settings, networks=("lan",)))
-
-
-def test_each_run_of_a_task_has_a_directory_and_removes_those_of_dead_ones(tmp_path: Path) -> None:
-    task, runs = tmp_path / "tasks" / "1" / "1", tmp_path / "cache" / "runs"
-    first = RunDirectory.make(task, runs)
-    dead = task / "run-dead"
-    (dead / "vm").mkdir(parents=True)
-    second = RunDirectory.make(task, runs)
-    assert sorted(task.iterdir()) == sorted([first.path, second.path])
-    assert {link.readlink() for link in runs.iterdir()} == {first.path, second.path}
-    first.remove()
-    assert list(task.iterdir()) == [second.path]
-    killed = task / "run-killed"  # a moment ago: its watchdog was still there
-    killed.mkdir()
-    sweep.note_run(runs, killed)
-    second.remove()
-    assert not task.exists()
-    assert list(runs.iterdir()) == []
-
-
-def test_a_run_needs_no_note_of_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "cache").write_text("a file where a directory should be")
-    run = RunDirectory.make(tmp_path / "1", tmp_path / "cache" / "runs")
-    assert run.path.is_dir()
-    assert f"should this builder be killed, {run.path} is left" in caplog.text
-    run.remove()
-
-
-def test_two_signals_interrupt_once_and_the_old_handlers_come_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    ended = []
-    with pytest.raises(KeyboardInterrupt), kojibuild.interrupted_once():
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
-            ended.append(True)
-    assert ended
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-# Target and build
+# --- target and build -------------------------------------------------------------------------
 
 
 def target_hub(**answers: Any) -> Hub:
@@ -301,337 +100,22 @@ def test_a_task_that_runs_again_finds_its_build_and_no_failed_one() -> None:
     assert kojibuild.own_build(Hub(listBuilds=builds[:1]), 5) is None
 
 
-# Inputs
+def test_a_build_is_found_again_when_only_the_answer_to_its_making_was_lost() -> None:
+    class Lost:
+        def initImageBuild(self, task_id: int, info: dict[str, Any]) -> None:
+            raise Refused(1009, "unable to retry call 7")
 
-
-def test_what_the_hub_is_told_of_inputs_is_what_its_schema_takes() -> None:
-    one = inputs()
-    check_provenance(spec(), one.images("x86_64"), one.template_record())
-    extra = kojibuild.build_extra(spec(), {"x86_64": one})["indirection"]
-    assert extra["template_commit"] == "0123abc"
-    assert [image["role"] for image in extra["inputs"]] == ["utility image", "input image"]
-
-
-def test_pinned_inputs_survive_the_wire() -> None:
-    pinned = inputs().pinned()
-    assert sources.Source(**pinned["input_image"]) == source()
-
-
-TARGET = {"build_tag": 1, "build_tag_name": "f44-build"}
-
-
-def test_the_build_tags_repository_comes_after_those_of_the_spec() -> None:
-    pytest.importorskip("koji")
-    asked = spec(
-        arches=["x86_64", "i686"],
-        tag_repo=True,
-        build={"network": "user", "repos": ["http://example.com/extra"]},
-    )
-    place = kojibuild.tag_repo_of(Hub(getRepo={"id": 77}), TARGET)
-    daemon = dataclasses.replace(DAEMON, topurl="https://koji.example.com/files/")
-    found = inputs(tag_repo=place)
-    for arch, directory in (("x86_64", "x86_64"), ("i686", "i386")):
-        assert kojibuild.build_spec(daemon, asked, arch, found).repos == (
-            "http://example.com/extra",
-            f"https://koji.example.com/files/repos/f44-build/77/{directory}",
-        )
-    assert kojibuild.build_spec(daemon, asked, "x86_64", inputs()) == asked.build
-    with pytest.raises(BuilderFault, match="there is no topurl here"):
-        kojibuild.build_spec(DAEMON, asked, "x86_64", found)
-    secret = dataclasses.replace(DAEMON, topurl="https://me:hunter2@koji.example.com/kojifiles")
-    with pytest.raises(BuilderFault, match="no address that guests may know"):
-        kojibuild.build_spec(secret, asked, "x86_64", found)
-
-
-def test_a_build_tag_without_a_repository_is_told() -> None:
-    with pytest.raises(BuildFailed, match="the build tag f44-build has no repository") as caught:
-        kojibuild.tag_repo_of(Hub(getRepo=None), TARGET)
-    assert caught.value.hint == "have one made with: koji regen-repo f44-build"
-
-
-def test_the_manifest_is_told_where_everything_is_from() -> None:
-    origin = inputs().origin()
-    assert origin.template == "git+https://example.com/t.git#0123abc"
-    assert origin.input_image is not None
-    assert origin.input_image.archive_id == 70
-    assert origin.input_image.checksum_type == "sha256"
-    assert origin.utility_image is not None
-    assert (origin.utility_image.role, origin.utility_image.task_id) == ("utility image", 9)
-
-
-def test_errors_name_images_as_koji_does() -> None:
-    path = Path("/var/cache/koji-indirection/images/sha256-00")
-    with pytest.raises(BuildFailed) as caught, kojibuild._as_users_know_it({path: source()}):
-        raise BuildFailed(f"input image {path} is no disk", f"try `file {path}`")
-    assert str(caught.value) == "input image in.qcow2 of in-1-1 is no disk (try `file in.qcow2`)"
-
-
-def test_a_link_in_a_checkout_does_not_lead_out(tmp_path: Path) -> None:
-    checkout = tmp_path / "checkout"
-    (checkout / "sub").mkdir(parents=True)
-    (checkout / "sub" / "real.tdl").write_text("x")
-    (checkout / "inside.tdl").symlink_to("sub/real.tdl")
-    (checkout / "outside.tdl").symlink_to("/etc/passwd")
-    (checkout / "up").symlink_to("..")
-    inside = kojibuild.file_in_checkout(checkout, "inside.tdl")
-    assert inside == (checkout / "sub" / "real.tdl").resolve()
-    for name in ("outside.tdl", "up/anything.tdl", ".git/config"):
-        with pytest.raises(BuildFailed, match="leads out of its checkout"):
-            kojibuild.file_in_checkout(checkout, name)
-    with pytest.raises(BuildFailed, match="there is no template none"):
-        kojibuild.file_in_checkout(checkout, "none")
-
-
-def test_the_list_of_rpms_has_the_place_of_those_that_koji_did_not_build() -> None:
-    rpm = {
-        **dict.fromkeys(("name", "version", "release", "arch", "payloadhash", "nvr"), "x"),
-        **dict.fromkeys(("epoch", "size", "buildtime"), 1),
-        "draft": False,
-        "external_repo_id": 0,
-        "external_repo_name": "INTERNAL",
-    }
-    external = {**rpm, "external_repo_id": 3, "external_repo_name": "fedora"}
-    hub = Hub(listRPMs=[rpm, external, {**rpm, "draft": True}])
-    listed = kojibuild.rpm_list(hub, source())
-    assert [one.get("location") for one in listed] == [None, "fedora"]
-    assert hub.calls == [("listRPMs", (), {"imageID": 70})]
-    assert kojibuild.rpm_list(hub, source(archive_id=None)) == []
-
-
-def test_results_without_an_arch_that_was_built_are_a_failure() -> None:
-    built = {"task_id": 3, "arch": "x86_64", "files": ["a"], "logs": ["b"], "rpmlist": []}
-    failed = {"faultCode": 1005, "faultString": "it broke"}
-    made_from = {"inputs": [{"role": "input image"}], "template": {"template_sha256": "0"}}
-    entries = [failed, {**built, **made_from}]
-    assert kojibuild.hub_results(entries) == {"3": built}
-    assert kojibuild.provenance(entries) == (made_from["inputs"], made_from["template"])
-    with pytest.raises(BuildFailed, match="no arch was built: it broke"):
-        kojibuild.hub_results([failed])
-
-
-# What the hub is given
-
-
-class Files:
-    """The directories of tasks at a hub, which damages the first uploads if told to."""
-
-    def __init__(self, damaged: int = 0) -> None:
-        self.damaged = damaged
-        self.content: dict[str, bytes] = {}
-        self.uploads: list[str] = []
-
-    def daemon(self, work_dir: Path, host: Host | None = None, **answers: Any) -> kojibuild.Daemon:
-        hub = Hub(
-            checkUpload=self.check,
-            listTaskOutput=lambda task_id: sorted(self.content),
-            downloadTaskOutput=lambda task_id, name: self.content[name],
-            **answers,
-        )
-        hub.host = host
-        return dataclasses.replace(DAEMON, session=hub, work_dir=work_dir, upload=self.upload)
-
-    def upload(self, path: Path, name: str) -> None:
-        self.uploads.append(name)
-        self.content[name] = path.read_bytes()
-        if self.damaged:
-            self.damaged -= 1
-            self.content[name] += b"!"
-
-    def check(self, directory: str, name: str, verify: str) -> dict[str, Any] | None:
-        assert (directory, verify) == ("tasks/5/5", "sha256")
-        if name not in self.content:
-            return None
-        digest = hashlib.sha256(self.content[name]).hexdigest()
-        return {"size": len(self.content[name]), "hexdigest": digest}
-
-
-ISO = b"an iso"
-ISO_SHA256 = hashlib.sha256(ISO).hexdigest()
-
-
-@pytest.fixture
-def iso(tmp_path: Path) -> Path:
-    path = tmp_path / "boot.iso"
-    path.write_bytes(ISO)
-    return path
-
-
-def test_an_upload_is_compared_with_what_was_collected(iso: Path) -> None:
-    files = Files()
-    kojibuild.upload_verified(files.daemon(iso.parent), iso, "n-1-2.iso", ISO_SHA256)
-    assert files.uploads == ["n-1-2.iso"]
-
-
-def test_a_damaged_upload_is_made_once_more(iso: Path) -> None:
-    files = Files(damaged=1)
-    kojibuild.upload_verified(files.daemon(iso.parent), iso, "n-1-2.iso", ISO_SHA256)
-    assert files.uploads == ["n-1-2.iso"] * 2
-    assert files.content["n-1-2.iso"] == ISO
-
-
-def test_an_upload_that_is_damaged_twice_is_the_builders_fault(iso: Path) -> None:
-    files = Files(damaged=2)
-    with pytest.raises(BuilderFault, match=r"n-1-2\.iso, uploaded twice, is not on the hub as"):
-        kojibuild.upload_verified(files.daemon(iso.parent), iso, "n-1-2.iso", ISO_SHA256)
-    assert len(files.uploads) == 2
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    waited: list[float] = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    return waited
-
-
-def refusing(files: Files, directory: Path, *errors: Exception) -> kojibuild.Daemon:
-    """A hub that raises these errors, one for each of the first uploads."""
-    left = list(errors)
-
-    def upload(path: Path, name: str) -> None:
-        if left:
-            raise left.pop(0)
-        files.upload(path, name)
-
-    return dataclasses.replace(files.daemon(directory), upload=upload)
-
-
-def test_an_upload_is_made_again_while_the_hub_has_no_place_or_a_lock(
-    iso: Path, waits: list[float]
-) -> None:
-    files = Files()
-    trouble = (
-        Refused(1001, "[Errno 11] Resource temporarily unavailable"),
-        Refused(1, "Traceback ...\nOSError: [Errno 28] No space left on device"),
-        Refused(1000, "server returned wrong chunk size: 5 != 6"),
-    )
-    daemon = refusing(files, iso.parent, *trouble)
-    kojibuild.upload_verified(daemon, iso, "n-1-2.iso", ISO_SHA256)
-    assert files.content["n-1-2.iso"] == ISO
-    assert waits == list(kojibuild.UPLOAD_WAITS_SECONDS[:3])
-
-
-def test_an_upload_that_the_hub_never_takes_is_one_fault_with_its_reason(
-    iso: Path, waits: list[float]
-) -> None:
-    traceback = "Traceback ...\n  in upload\nOSError: [Errno 28] No space left on device\n"
-    full = xmlrpc.client.Fault(1, traceback)
-    daemon = refusing(Files(), iso.parent, *[full] * 99)
-    with pytest.raises(BuilderFault) as caught:
-        kojibuild.upload_verified(daemon, iso, "n-1-2.iso", ISO_SHA256)
-    assert caught.value.message == (
-        "n-1-2.iso cannot be uploaded: OSError: [Errno 28] No space left on device"
-    )
-    assert waits == list(kojibuild.UPLOAD_WAITS_SECONDS)
-
-
-@pytest.mark.parametrize("code", [1002, 1004, 1006, 1007])
-def test_an_upload_for_a_task_that_is_no_longer_ours_is_not_tried_again(
-    iso: Path, waits: list[float], code: int
-) -> None:
-    daemon = refusing(Files(), iso.parent, Refused(code, "not yours"))
+    found = [{"build_id": 3, "state": 0}]
+    hub = Hub(listBuilds=lambda taskID: found, getBuild=lambda build: BUILD, getNextRelease="2")
+    hub.host = Lost()
+    found_for = {"x86_64": inputs()}
+    assert kojibuild.init_build(hub, 5, spec(), found_for) == BUILD
+    del found[:]
     with pytest.raises(Refused):
-        kojibuild.upload_verified(daemon, iso, "n-1-2.iso", ISO_SHA256)
-    assert waits == []
+        kojibuild.init_build(hub, 5, spec(), found_for)
 
 
-def entry(**fields: Any) -> dict[str, Any]:
-    return {
-        "task_id": 5,
-        "arch": "x86_64",
-        "files": ["n-1-2.iso"],
-        "checksums": {"n-1-2.iso": ISO_SHA256},
-        "logs": ["job.log"],
-        "rpmlist": [],
-        "inputs": [],
-        "template": {},
-        **fields,
-    }
-
-
-BUILD = {"id": 3, "name": "n", "version": "1", "release": "2"}
-
-
-class Refused(Exception):
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.faultCode = code
-
-
-class Host:
-    """The hub's calls for builders; each raises what is left in `errors`."""
-
-    def __init__(self, *errors: Exception) -> None:
-        self.errors = list(errors)
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any) -> None:
-            self.calls.append((name, *args))
-            if self.errors:
-                raise self.errors.pop(0)
-
-        return call
-
-
-def test_what_is_handed_over_is_kept_for_a_run_after_this_one(tmp_path: Path) -> None:
-    files, host = Files(), Host()
-    daemon = files.daemon(tmp_path, host=host)
-    assert kojibuild.handed_over(daemon) is None
-    kojibuild.complete_build(daemon, BUILD, [entry(), {"faultCode": 1, "faultString": "x"}])
-    ((name, task_id, build_id, results),) = host.calls
-    assert (name, task_id, build_id) == ("completeImageBuild", 5, 3)
-    assert set(results) == {"5"}
-    assert kojibuild.handed_over(daemon) == (
-        "n-1-2",
-        [entry(), {"faultCode": 1, "faultString": "x"}],
-    )
-
-
-def test_half_of_what_was_handed_over_is_nothing(tmp_path: Path) -> None:
-    files = Files()
-    files.content[kojibuild.HANDOVER] = b'{"nvr": "n-1-2", "entr'
-    assert kojibuild.handed_over(files.daemon(tmp_path)) is None
-
-
-def test_a_build_that_is_complete_is_so_whatever_the_hub_has_answered(tmp_path: Path) -> None:
-    host = Host(Refused(1009, "unable to retry call"), Refused(1, "it broke"))
-    daemon = Files().daemon(tmp_path, host=host, getBuild={"state": kojibuild.COMPLETE})
-    kojibuild.complete_build(daemon, BUILD, [entry()])
-    building = Files().daemon(tmp_path, host=host, getBuild={"state": kojibuild.BUILDING})
-    with pytest.raises(Refused, match="it broke"):
-        kojibuild.complete_build(building, BUILD, [entry()])
-
-
-def test_a_scratch_task_that_runs_again_has_the_rest_done(tmp_path: Path, iso: Path) -> None:
-    for errors in ([], [Refused(1000, "Destination exists: /mnt/koji/scratch/x/n-1-2.iso")]):
-        files, host = Files(), Host(*errors)
-        daemon = files.daemon(tmp_path, host=host)
-        files.upload(iso, "n-1-2.iso")
-        assert kojibuild.move_to_scratch_again(daemon, [entry()]) == ["n-1-2.iso"]
-        assert [call[0] for call in host.calls] == ["moveImageBuildToScratch"]
-        assert files.uploads == ["n-1-2.iso"], "nothing is uploaded over a link"
-
-
-def test_a_scratch_task_that_runs_again_says_what_is_gone(tmp_path: Path) -> None:
-    daemon = Files().daemon(tmp_path, host=Host())
-    sentence = "an earlier run of this scratch task has made n-1-2.iso, and now the hub does not"
-    with pytest.raises(BuilderFault, match=sentence) as caught:
-        kojibuild.move_to_scratch_again(daemon, [entry()])
-    assert caught.value.hint == "submit the build again"
-
-
-def test_a_move_to_scratch_that_fails_is_an_error_unless_only_its_answer_was_lost(
-    tmp_path: Path, iso: Path
-) -> None:
-    files, host = Files(), Host(Refused(1009, "unable to retry call"), Refused(1, "disk full"))
-    daemon = files.daemon(tmp_path, host=host)
-    files.upload(iso, "n-1-2.iso")
-    assert kojibuild.move_to_scratch(daemon, "n-1-2", [entry()]) == ["n-1-2.iso"]
-    with pytest.raises(Refused, match="disk full"):
-        kojibuild.move_to_scratch(daemon, "n-1-2", [entry()])
-
-
-# Live logs
+# --- live logs and evidence -------------------------------------------------------------------
 
 
 class Uploads:
@@ -744,76 +228,11 @@ def test_evidence_of_a_failed_build_is_kept_and_hides_no_reason(tmp_path: Path) 
     assert sent == ["n-1-2.x86_64.manifest.json", "screenshot.png"]
 
 
-DAEMON = kojibuild.Daemon(
-    session=Hub(),
-    task_id=5,
-    topurl=None,
-    topdir=None,
-    work_dir=Path("/nowhere"),
-    checkout=lambda url, directory: (directory, url),
-    upload=lambda path, name: None,
-    append=lambda file, name: None,
-)
-
-
-# The plugin's file
-
-PLUGIN = Path(__file__).parents[2] / "builder" / "indirection.py"
-RUN_TASK = """
-import runpy, sys, types
-for name in sys.argv[2:]:
-    sys.modules[name] = None  # as if it were not installed
-import koji
-plugin = runpy.run_path(sys.argv[1])
-options = types.SimpleNamespace(workdir="/nowhere")
-params = [{"arches": ["x86_64"]}]
-task = plugin["IndirectionBuildTask"](1, "indirectionBuild", params, None, options)
-print(task.weight() > 0, task.checkHost({"arches": "x86_64"}))
-try:
-    task.handler(*task.params)
-except koji.GenericError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize(
-    ("missing", "reason"),
-    [
-        (["koji_indirection"], "this builder cannot do indirection builds: import of koji_indir"),
-        (["lxml"], "this builder cannot do indirection builds: import of lxml"),
-        (["jsonschema", "libvirt", "guestfs", "oslo_utils"], "task spec: target is missing"),
-    ],
-)
-def test_the_plugin_loads_without_what_it_needs_and_says_so_when_a_task_comes(
-    missing: list[str], reason: str
-) -> None:
-    pytest.importorskip("koji")
-    argv = [sys.executable, "-c", RUN_TASK, str(PLUGIN), *missing]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("True True\n")
-    assert reason in done.stdout
-
-
-def test_a_checkout_that_hangs_is_a_fault_and_its_programs_are_killed() -> None:
-    settings = Settings(download=Download(checkout_timeout_seconds=0.3))
-    marker = f"{os.getpid()}1"
-    with (
-        pytest.raises(BuilderFault, match=r"could not be checked out within 0.3 s"),
-        kojibuild.checkout_deadline(settings),
-    ):
-        for _ in range(2):  # as Koji's SCM runs one git after the other
-            subprocess.run(["sh", "-c", f"sleep {marker} & wait"])
-        raise RuntimeError("git was killed")
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [line for line in lines if marker.encode() in line]
-
-
-def test_a_checkout_in_time_is_left_alone() -> None:
-    with kojibuild.checkout_deadline(Settings()):
-        subprocess.run(["true"], check=True)
-    with pytest.raises(RuntimeError, match="own"), kojibuild.checkout_deadline(Settings()):
-        raise RuntimeError("its own reason")
+def test_errors_name_images_as_koji_does() -> None:
+    path = Path("/var/cache/koji-indirection/images/sha256-00")
+    with pytest.raises(BuildFailed) as caught, kojibuild._as_users_know_it({path: source()}):
+        raise BuildFailed(f"input image {path} is no disk", f"try `file {path}`")
+    assert str(caught.value) == "input image in.qcow2 of in-1-1 is no disk (try `file in.qcow2`)"
 
 
 # --- subtasks ---------------------------------------------------------------------------------
@@ -918,18 +337,3 @@ def test_who_waits_for_subtasks_of_a_task_that_is_no_longer_its_own_stops(
     with pytest.raises(KeyboardInterrupt):
         parent.wait()
     assert parent.cancelled == [], "they are its successor's"
-
-
-def test_a_build_is_found_again_when_only_the_answer_to_its_making_was_lost() -> None:
-    class Lost:
-        def initImageBuild(self, task_id: int, info: dict[str, Any]) -> None:
-            raise Refused(1009, "unable to retry call 7")
-
-    found = [{"build_id": 3, "state": 0}]
-    hub = Hub(listBuilds=lambda taskID: found, getBuild=lambda build: BUILD, getNextRelease="2")
-    hub.host = Lost()
-    found_for = {"x86_64": inputs()}
-    assert kojibuild.init_build(hub, 5, spec(), found_for) == BUILD
-    del found[:]
-    with pytest.raises(Refused):
-        kojibuild.init_build(hub, 5, spec(), found_for)

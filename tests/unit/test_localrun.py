@@ -123,6 +123,12 @@ def test_what_git_cannot_get_is_told_in_its_words(repository: Repository, tmp_pa
         template_in(f"{missing}#main", "a.tdl", tmp_path / "2")
 
 
+def test_a_ref_is_never_an_option_of_git(repository: Repository, tmp_path: Path) -> None:
+    # With --force git would fetch main.
+    with pytest.raises(BuildFailed, match="git cannot check out"):
+        template_in(f"{repository.url}#origin/--force", "a.tdl", tmp_path)
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -12,10 +12,10 @@ import pytest
 from koji_indirection import replay
 from koji_indirection.config import Settings
 from koji_indirection.errors import BuildFailed, UsageError
-from koji_indirection.kojibuild import Inputs
 from koji_indirection.localrun import Here, Hub
 from koji_indirection.replay import ReplayRequest, order_of, request_from
 from koji_indirection.spec import BuildSpec
+from koji_indirection.taskinputs import Inputs
 from koji_indirection.units import GIB
 
 koji = pytest.importorskip("koji", reason="the library koji is not installed")

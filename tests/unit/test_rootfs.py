@@ -93,3 +93,23 @@ def test_data_is_no_root() -> None:
     disk = Disk({"/dev/sda1": {"/etc/motd": ""}, "/dev/sda2": {"/sbin/init": ""}})
     with pytest.raises(BuildFailed, match="holds no operating system"):
         root_of(disk)
+
+
+def test_a_root_that_is_an_ostree_deployment_is_said() -> None:
+    disk = Disk(
+        {
+            "/dev/sda3": {"/loader/entries/ostree-1.conf": ""},
+            "/dev/sda4": {"/ostree/deploy/fedora/deploy/4a5b.0/etc/passwd": ""},
+        },
+        "xfs",
+    )
+    with pytest.raises(BuildFailed, match="the utility image is an ostree system"):
+        root_of(disk)
+
+
+def test_a_file_system_that_does_not_mount_may_be_too_new() -> None:
+    disk = FakeGuest({}, {"/dev/broken": "xfs"})
+    with pytest.raises(BuildFailed) as caught:
+        mount_root(disk)  # type: ignore[arg-type]
+    assert caught.value.message.endswith("/dev/broken does not mount: wrong fs type")
+    assert "too old" in caught.value.hint

@@ -450,6 +450,13 @@ BAD_BLOCKS = [
     ),
     ("<files><file name='/a' type='url'>ftp://h/x</file></files>", "'ftp://h/x' for an address"),
     ("<files><file name='/a' type='url'/></files>", "file '/a' has '' for an address"),
+    ("<files><file name='/a' type='url'>http://h/\u00fc</file></files>", "/\u00fc' for an address"),
+    ("<files><file name='\u00a0/a'>x</file></files>", "'\\xa0/a' has a line break or a control"),
+    (
+        "<repositories><repository name='r'><url>http://h/</url><signed>\u00a0yes</signed>"
+        "</repository></repositories>",
+        "repository 'r' has '\\xa0yes' for <signed>",
+    ),
     (
         "<files><file name='/a' type='url'>https://me:pw@h/x</file></files>",
         "file '/a' has an address with a user name or password in it",
@@ -500,6 +507,9 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
         "<files><file name='/a' mode='9'>x</file></files>",
         "<files><file name='/a' owner='-x'>x</file></files>",
         "<packages><package/></packages>",
+        "<packages><package name=' -x'/></packages>",
+        "<packages><package name='a&#9;b'/></packages>",
+        "<commands><command name='a' type=' raw '>x</command></commands>",
         "<repositories><repository name='r'><signed>maybe</signed></repository></repositories>",
         "<repositories><repository name='r'><clientkey>k</clientkey></repository></repositories>",
     ],

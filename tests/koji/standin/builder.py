@@ -18,15 +18,15 @@ import koji.daemon
 import koji.plugin
 import koji.tasks
 
-from koji_indirection import kojibuild, sweep
+from koji_indirection import sweep, taskrun
 
 from .etc import covered
 
 # What our plugin gives the name of its configuration file.
 READERS = (
-    (kojibuild, "task_settings"),
-    (kojibuild, "runs_directory"),
-    (kojibuild, "patient"),
+    (taskrun, "task_settings"),
+    (taskrun, "runs_directory"),
+    (taskrun, "patient"),
     (sweep, "start"),
 )
 

@@ -1,0 +1,100 @@
+"""What a task builds from: on its way to the hub, to subtasks, into the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from taskparts import DAEMON, Hub, inputs, source, spec
+
+from koji_indirection import sources, taskinputs
+from koji_indirection.errors import BuilderFault, BuildFailed
+from koji_indirection.taskspec import check_provenance
+
+
+def test_what_the_hub_is_told_of_inputs_is_what_its_schema_takes() -> None:
+    one = inputs()
+    check_provenance(spec(), one.images("x86_64"), one.template_record())
+    extra = taskinputs.build_extra(spec(), {"x86_64": one})["indirection"]
+    assert extra["template_commit"] == "0123abc"
+    assert [image["role"] for image in extra["inputs"]] == ["utility image", "input image"]
+
+
+def test_pinned_inputs_survive_the_wire() -> None:
+    pinned = inputs().pinned()
+    assert sources.Source(**pinned["input_image"]) == source()
+
+
+TARGET = {"build_tag": 1, "build_tag_name": "f44-build"}
+
+
+def test_the_build_tags_repository_comes_after_those_of_the_spec() -> None:
+    pytest.importorskip("koji")
+    asked = spec(
+        arches=["x86_64", "i686"],
+        tag_repo=True,
+        build={"network": "user", "repos": ["http://example.com/extra"]},
+    )
+    place = taskinputs.tag_repo_of(Hub(getRepo={"id": 77}), TARGET)
+    daemon = dataclasses.replace(DAEMON, topurl="https://koji.example.com/files/")
+    found = inputs(tag_repo=place)
+    for arch, directory in (("x86_64", "x86_64"), ("i686", "i386")):
+        assert taskinputs.build_spec(daemon, asked, arch, found).repos == (
+            "http://example.com/extra",
+            f"https://koji.example.com/files/repos/f44-build/77/{directory}",
+        )
+    assert taskinputs.build_spec(daemon, asked, "x86_64", inputs()) == asked.build
+    with pytest.raises(BuilderFault, match="there is no topurl here"):
+        taskinputs.build_spec(DAEMON, asked, "x86_64", found)
+    secret = dataclasses.replace(DAEMON, topurl="https://me:hunter2@koji.example.com/kojifiles")
+    with pytest.raises(BuilderFault, match="no address that guests may know"):
+        taskinputs.build_spec(secret, asked, "x86_64", found)
+
+
+def test_a_build_tag_without_a_repository_is_told() -> None:
+    with pytest.raises(BuildFailed, match="the build tag f44-build has no repository") as caught:
+        taskinputs.tag_repo_of(Hub(getRepo=None), TARGET)
+    assert caught.value.hint == "have one made with: koji regen-repo f44-build"
+
+
+def test_the_manifest_is_told_where_everything_is_from() -> None:
+    origin = inputs().origin()
+    assert origin.template == "git+https://example.com/t.git#0123abc"
+    assert origin.input_image is not None
+    assert origin.input_image.archive_id == 70
+    assert origin.input_image.checksum_type == "sha256"
+    assert origin.utility_image is not None
+    assert (origin.utility_image.role, origin.utility_image.task_id) == ("utility image", 9)
+
+
+def test_a_link_in_a_checkout_does_not_lead_out(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    (checkout / "sub").mkdir(parents=True)
+    (checkout / "sub" / "real.tdl").write_text("x")
+    (checkout / "inside.tdl").symlink_to("sub/real.tdl")
+    (checkout / "outside.tdl").symlink_to("/etc/passwd")
+    (checkout / "up").symlink_to("..")
+    inside = taskinputs.file_in_checkout(checkout, "inside.tdl")
+    assert inside == (checkout / "sub" / "real.tdl").resolve()
+    for name in ("outside.tdl", "up/anything.tdl", ".git/config"):
+        with pytest.raises(BuildFailed, match="leads out of its checkout"):
+            taskinputs.file_in_checkout(checkout, name)
+    with pytest.raises(BuildFailed, match="there is no template none"):
+        taskinputs.file_in_checkout(checkout, "none")
+
+
+def test_the_list_of_rpms_has_the_place_of_those_that_koji_did_not_build() -> None:
+    rpm = {
+        **dict.fromkeys(("name", "version", "release", "arch", "payloadhash", "nvr"), "x"),
+        **dict.fromkeys(("epoch", "size", "buildtime"), 1),
+        "draft": False,
+        "external_repo_id": 0,
+        "external_repo_name": "INTERNAL",
+    }
+    external = {**rpm, "external_repo_id": 3, "external_repo_name": "fedora"}
+    hub = Hub(listRPMs=[rpm, external, {**rpm, "draft": True}])
+    listed = taskinputs.rpm_list(hub, source())
+    assert [one.get("location") for one in listed] == [None, "fedora"]
+    assert hub.calls == [("listRPMs", (), {"imageID": 70})]
+    assert taskinputs.rpm_list(hub, source(archive_id=None)) == []

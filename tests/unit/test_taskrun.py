@@ -1,0 +1,156 @@
+"""One run of a task on a builder: whether the host suits it, its settings, directory and end."""
+
+from __future__ import annotations
+
+import configparser
+import dataclasses
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from taskparts import source, spec
+
+from koji_indirection import sweep, taskrun
+from koji_indirection.config import _SECTIONS, Download, Settings, load_settings
+from koji_indirection.errors import BuilderFault, UsageError
+from koji_indirection.taskrun import RunDirectory, Unsuitable
+
+
+def test_the_sample_of_the_settings_file_shows_the_defaults() -> None:
+    sample = Path(__file__).parents[2] / "builder" / "indirection.conf"
+    cache = Path("/var/cache/koji-indirection")
+    settings = load_settings([sample])
+    assert settings == dataclasses.replace(Settings(), cache_dir=cache)
+    shown = configparser.RawConfigParser()
+    shown.read(sample)
+    assert {name: set(keys) for name, keys in _SECTIONS.items()} == {
+        name: set(shown.options(name)) for name in shown.sections()
+    }
+
+
+def settings_from(path: Path, text: str, **fields: Any) -> Settings:
+    path.write_text(text)
+    return taskrun.task_settings(path, spec(**fields), Path("/task"))
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> Path:
+    return tmp_path / "indirection.conf"
+
+
+def test_a_task_works_in_its_own_directory_unless_the_file_names_another(conf: Path) -> None:
+    assert taskrun.task_settings(conf, spec(), Path("/task")).work_dir == Path("/task")
+    assert settings_from(conf, "[indirection]\nwork_dir =\n").work_dir == Path("/task")
+    assert settings_from(conf, "[indirection]\nwork_dir = /big\n").work_dir == Path("/big")
+
+
+def test_the_spec_chooses_the_accelerator_where_the_host_leaves_it_open(conf: Path) -> None:
+    assert settings_from(conf, "", accel="tcg").accel == "tcg"
+    assert settings_from(conf, "[indirection]\naccel = tcg\n").accel == "tcg"
+    asked = {"accel": "kvm"}
+    settings = settings_from(conf, "[indirection]\naccel = tcg\n", **asked)
+    with pytest.raises(Unsuitable, match="asks for kvm, this host is set to tcg"):
+        taskrun.require_host(spec(**asked), "x86_64", settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("[indirection]\nacel = tcg\n", "has no key 'acel'"), ("acel", "is not an ini file")],
+)
+def test_a_settings_file_with_a_mistake_is_the_builders_fault(
+    conf: Path, text: str, reason: str
+) -> None:
+    with pytest.raises(BuilderFault, match=reason):
+        settings_from(conf, text)
+    assert taskrun.runs_directory(conf).name == "runs"
+
+
+def test_a_host_without_enough_memory_or_space_is_unsuitable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(accel="tcg", work_dir=tmp_path, cache_dir=tmp_path)
+    small = spec(build={"memory_bytes": 256 * 2**20})
+    taskrun.require_host(small, "x86_64", settings)
+    monkeypatch.setattr(taskrun, "_available_memory_bytes", lambda: 2**20)
+    with pytest.raises(Unsuitable, match=r"of memory, 1.* are free"):
+        taskrun.require_host(small, "x86_64", settings)
+    with pytest.raises(Unsuitable, match="the build needs"):
+        taskrun.require_space(source(size_bytes=2**60), settings)
+
+
+def test_a_build_above_a_limit_is_refused_for_good_and_an_unknown_network_softly(
+    tmp_path: Path,
+) -> None:
+    settings = Settings(accel="tcg", work_dir=tmp_path, cache_dir=tmp_path, max_cpus=2)
+    with pytest.raises(UsageError, match=r"cpus is 3, above this machine's limit of 2 \(max_cpus"):
+        taskrun.require_host(spec(build={"cpus": 3}), "x86_64", settings)
+    asks = spec(build={"network": "lan", "memory_bytes": 128 * 2**20})
+    with pytest.raises(Unsuitable, match="asks for the network lan, this host allows none"):
+        taskrun.require_host(asks, "x86_64", settings)
+    taskrun.require_host(asks, "x86_64", dataclasses.replace(settings, networks=("lan",)))
+
+
+def test_each_run_of_a_task_has_a_directory_and_removes_those_of_dead_ones(tmp_path: Path) -> None:
+    task, runs = tmp_path / "tasks" / "1" / "1", tmp_path / "cache" / "runs"
+    first = RunDirectory.make(task, runs)
+    dead = task / "run-dead"
+    (dead / "vm").mkdir(parents=True)
+    second = RunDirectory.make(task, runs)
+    assert sorted(task.iterdir()) == sorted([first.path, second.path])
+    assert {link.readlink() for link in runs.iterdir()} == {first.path, second.path}
+    first.remove()
+    assert list(task.iterdir()) == [second.path]
+    killed = task / "run-killed"  # a moment ago: its watchdog was still there
+    killed.mkdir()
+    sweep.note_run(runs, killed)
+    second.remove()
+    assert not task.exists()
+    assert list(runs.iterdir()) == []
+
+
+def test_a_run_needs_no_note_of_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").write_text("a file where a directory should be")
+    run = RunDirectory.make(tmp_path / "1", tmp_path / "cache" / "runs")
+    assert run.path.is_dir()
+    assert f"should this builder be killed, {run.path} is left" in caplog.text
+    run.remove()
+
+
+def test_two_signals_interrupt_once_and_the_old_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    ended = []
+    with pytest.raises(KeyboardInterrupt), taskrun.interrupted_once():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            ended.append(True)
+    assert ended
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_checkout_that_hangs_is_a_fault_and_its_programs_are_killed() -> None:
+    settings = Settings(download=Download(checkout_timeout_seconds=0.3))
+    marker = f"{os.getpid()}1"
+    with (
+        pytest.raises(BuilderFault, match=r"could not be checked out within 0.3 s"),
+        taskrun.checkout_deadline(settings),
+    ):
+        for _ in range(2):  # as Koji's SCM runs one git after the other
+            subprocess.run(["sh", "-c", f"sleep {marker} & wait"])
+        raise RuntimeError("git was killed")
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [line for line in lines if marker.encode() in line]
+
+
+def test_a_checkout_in_time_is_left_alone() -> None:
+    with taskrun.checkout_deadline(Settings()):
+        subprocess.run(["true"], check=True)
+    with pytest.raises(RuntimeError, match="own"), taskrun.checkout_deadline(Settings()):
+        raise RuntimeError("its own reason")
