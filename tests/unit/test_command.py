@@ -127,7 +127,7 @@ def test_the_main_help_names_the_commands() -> None:
 # Options in the documentation that are other programs'.
 FOREIGN = {
     *("--make-iso", "--disk-image", "--ks", "--tmp", "--resultdir"),  # livemedia-creator
-    *("--template-scm", "--local", "--system-site-packages"),  # koji, venv
+    *("--template-scm", "--local", "--system-site-packages", "--prefix"),  # koji, venv, pip
 }
 
 
