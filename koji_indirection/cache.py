@@ -153,8 +153,9 @@ def _hold(cache: Cache, source: Image, key: str, fill: Fill, timeout_seconds: fl
             said = True
         if time.monotonic() > give_up:
             raise BuilderFault(
-                f"{source}: another process has been fetching it for too long",
-                f"see which one holds {lock_path}",
+                f"{source}: another process has not fetched it within {timeout_seconds:g} s",
+                f"see which one holds {lock_path}; total_timeout in the configuration's [download]"
+                " allows more",
             )
         time.sleep(_WAIT_SECONDS)
 

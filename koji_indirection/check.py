@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from . import filefetch, imagefile, parameters, template
 from .config import Settings
-from .errors import IndirectionError
+from .errors import IndirectionError, on_one_line
 from .jobdir import job_directory
 from .template import Template
 from .units import format_size
@@ -27,7 +28,7 @@ class Finding:
     def line(self) -> str:
         hint = f" ({self.hint})" if self.hint else ""
         verdict = "WRONG" if self.exit_status else "ok"
-        return f"{verdict:6}{self.path}: {self.message}{hint}"
+        return f"{verdict:6}" + on_one_line(f"{self.path}: {self.message}{hint}")
 
     def to_dict(self) -> dict[str, Any]:
         return {"ok": self.exit_status == 0, **asdict(self)}
@@ -55,11 +56,11 @@ def examine(path: Path, settings: Settings) -> Finding:
 def _kind(path: Path) -> str:
     if path.suffix == ".json":
         return "parameters"
-    try:
-        with path.open("rb") as file:
-            head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")
-    except OSError:
-        head = b""
+    head = b""
+    with contextlib.suppress(OSError, ValueError):  # which is told below
+        if path.is_file():  # a pipe that nobody writes to would be waited for
+            with path.open("rb") as file:
+                head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")
     is_xml = head.startswith((b"<", b"\xff\xfe<\0", b"\xfe\xff\0<"))  # the last two: UTF-16
     return "template" if is_xml or path.suffix in (".tdl", ".xml") else "image"
 

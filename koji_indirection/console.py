@@ -61,7 +61,7 @@ def relay(
     Raises BuilderFault or BuildFailed when the guest came to another end than power-off.
     """
     with _raw(ends.keyboard), selectors.DefaultSelector() as selector:
-        _Relay(machine, ends, selector, time.monotonic() + boot_seconds, disk_limit).run()
+        _Relay(machine, ends, selector, boot_seconds, disk_limit).run()
 
 
 @contextlib.contextmanager
@@ -82,13 +82,14 @@ class _Relay:
         machine: Machine,
         ends: Descriptors,
         selector: selectors.BaseSelector,
-        boot_deadline: float,
+        boot_seconds: float,
         disk_limit: DiskLimit,
     ) -> None:
         self._machine = machine
         self._ends = ends
         self._selector = selector
-        self._boot_deadline: float | None = boot_deadline
+        self._boot_seconds = boot_seconds
+        self._boot_deadline: float | None = time.monotonic() + boot_seconds
         self._disk_limit = disk_limit
         self._has_shell = False
         self._unsent = bytearray()
@@ -110,7 +111,8 @@ class _Relay:
             self._disk_limit.look()
             if self._boot_deadline is not None and time.monotonic() > self._boot_deadline:
                 raise BuilderFault(
-                    "the guest did not start the shell within the boot deadline",
+                    "the guest did not start the shell within the boot deadline of"
+                    f" {self._boot_seconds:.0f} s",
                     "--boot-timeout allows more time",
                 )
         self._require_power_off()

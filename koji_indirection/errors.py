@@ -18,6 +18,12 @@ def without_passwords(text: str) -> str:
     return _PASSWORD.sub(r"\1***@", text)
 
 
+def on_one_line(text: str) -> str:
+    """Text that is one line on a terminal, and steers none, whatever is in it."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
 class IndirectionError(Exception):
     """Base of every error that this project raises on purpose.
 
@@ -45,8 +51,7 @@ class IndirectionError(Exception):
 
         It is shown on terminals, by Koji too: nothing in it may steer one.
         """
-        line = " ".join(f"{self.label}: {self}".split())
-        return "".join(letter if letter.isprintable() else "?" for letter in line)
+        return on_one_line(f"{self.label}: {self}")
 
 
 class BuildFailed(IndirectionError):

@@ -94,9 +94,11 @@ class Fetcher:
         log.info("%s: %d bytes from %s, sha256 %s", what, size_bytes, shown, sha256)
 
     def _copy(self, what: str, shown: str, response: Any, file: IO[bytes]) -> tuple[int, str]:
-        deadline = time.monotonic() + self._settings.download.total_timeout_seconds
+        seconds = self._settings.download.total_timeout_seconds
+        deadline = time.monotonic() + seconds
         digest, size_bytes = hashlib.sha256(), 0
-        while piece := response.read(_PIECE_BYTES):
+        # What has come: read() would wait for a whole piece, from a server that trickles for days.
+        while piece := response.read1(_PIECE_BYTES):
             size_bytes += len(piece)
             self._left_bytes -= len(piece)
             if self._left_bytes < 0:
@@ -107,7 +109,8 @@ class Fetcher:
                     " settings is the limit",
                 )
             if time.monotonic() > deadline:
-                raise _unreachable(what, shown, "it takes longer than total_timeout in [download]")
+                reason = f"it takes longer than {seconds:g} s, see total_timeout in [download]"
+                raise _unreachable(what, shown, reason)
             digest.update(piece)
             file.write(piece)
         expected = response.headers.get("Content-Length")

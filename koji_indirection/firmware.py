@@ -66,7 +66,7 @@ def _copy_as_raw(source: Path, image_format: str, target: Path) -> None:
         shutil.copyfile(source, target)
         return
     argv = ["qemu-img", "convert", "-f", image_format, "-O", "raw", str(source), str(target)]
-    programs.run(argv, timeout_seconds=60)
+    programs.run(argv, timeout_seconds=60, limits=programs.Limits())
     target.chmod(0o644)  # qemu may run as another user
 
 

@@ -16,7 +16,7 @@ import xmlrpc.client
 from collections.abc import Iterator
 from typing import Any
 
-from .errors import BuilderFault
+from .errors import BuilderFault, on_one_line
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +188,7 @@ def is_no_answer(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """An error's words for a message: on one line, and printable."""
-    words = " ".join(str(error).split())[:300] or type(error).__name__
-    return "".join(letter if letter.isprintable() else "?" for letter in words)
+    return on_one_line(str(error))[:300] or type(error).__name__
 
 
 def _last_line(error: Exception) -> str:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import re
+import socket
 import stat
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -206,7 +209,8 @@ class _Transfer:
             headers["Cache-Control"] = "no-cache"
         with contextlib.closing(self._open(headers)) as response:
             self._check_status(response)
-            self._read(response)
+            with _connection_until(self.deadline, response):
+                self._read(response)
 
     def _open(self, headers: dict[str, str]) -> Any:
         """GET, and follow redirects: by hand, since requests reads their bodies without a limit."""
@@ -304,6 +308,30 @@ class _Transfer:
             self.received += len(chunk)
             self.progress(self.received, size)
             self.report.update(self.received)
+
+
+@contextlib.contextmanager
+def _connection_until(deadline: float, response: Any) -> Iterator[None]:
+    """End the connection at the deadline: a read from a server that trickles may take days."""
+    try:
+        connection = socket.socket(fileno=os.dup(response.raw.fileno()))
+    except (OSError, ValueError, AttributeError):  # it has ended, there is nothing to read
+        yield
+        return
+    with connection:
+        seconds = max(0.0, deadline - time.monotonic())
+        timer = threading.Timer(seconds, _shut_down, [connection])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+
+
+def _shut_down(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the server was quicker
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _status(response: Any) -> str:

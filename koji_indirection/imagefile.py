@@ -22,6 +22,7 @@ import signal
 import stat
 import struct
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
@@ -41,14 +42,17 @@ _CHUNK_BYTES = MIB
 _BLOCK_BYTES = 4096  # the grain of holes; the block size of every common file system
 _HEAD_BYTES = MIB  # all that format detection sees: enough for every signature it knows
 _SNAPSHOTS_MAX = 64
+_UNPACK_SECONDS = 3600.0  # and one for each MiB of packed data
 _INFO_TIMEOUT_SECONDS = 60.0
 _CHECK_TIMEOUT_SECONDS = 600.0
-_LIMITS = programs.Limits(address_space_bytes=2 * 1024**3, cpu_seconds=60)
+_LIMITS = programs.Limits()
 
 _QCOW2_MAGIC = b"QFI\xfb"
 # Incompatible feature bits, https://gitlab.com/qemu-project/qemu/-/blob/master/docs/interop/qcow2.rst:
 # 0 dirty, 1 corrupt, 2 external data file, 3 compression type, 4 extended L2.
 _QCOW2_DIRTY, _QCOW2_CORRUPT, _QCOW2_DATA_FILE, _QCOW2_KNOWN = 1 << 0, 1 << 1, 1 << 2, 0b11111
+# What qemu itself reads at most, for images of petabytes.
+_QCOW2_L1_BYTES_MAX, _QCOW2_REFCOUNT_BYTES_MAX = 32 * MIB, 8 * MIB
 
 _COMPRESSIONS = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _QCOW2_NAME = re.compile(r"\.qcow2(\.(xz|gz|zst|zstd))?$", re.IGNORECASE)
@@ -132,7 +136,7 @@ def write_overlay(base: Path, base_format: str, size_bytes: int, path: Path) -> 
     """
     argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2"]
     argv += ["-F", base_format, "-b", str(base), str(path), str(size_bytes)]
-    programs.run(argv, timeout_seconds=_INFO_TIMEOUT_SECONDS)
+    programs.run(argv, timeout_seconds=_INFO_TIMEOUT_SECONDS, limits=_LIMITS)
 
 
 def unchanged(image: ImageFile) -> bool:
@@ -204,7 +208,8 @@ def _unpack(source: Path, compression: str, work_dir: Path, what: str, limit_byt
     try:
         with _new_file(work_dir) as path:
             with path.open("wb", buffering=_CHUNK_BYTES) as target, source.open("rb") as file:
-                _write_sparse(chunks(file), target, what, limit_bytes)
+                seconds = _UNPACK_SECONDS + os.fstat(file.fileno()).st_size / MIB
+                _write_sparse(_until(seconds, chunks(file), what), target, what, limit_bytes)
             return path
     except EOFError:
         raise BuildFailed(
@@ -218,6 +223,18 @@ def _unpack(source: Path, compression: str, work_dir: Path, what: str, limit_byt
         ) from None
     except OSError as error:
         raise _cannot_unpack(what, work_dir, error) from error
+
+
+def _until(seconds: float, chunks: Iterator[bytes], what: str) -> Iterator[bytes]:
+    """The same chunks; BuildFailed when they take longer: a few MB may hold hours of zeros."""
+    deadline = time.monotonic() + seconds
+    for chunk in chunks:
+        if time.monotonic() > deadline:
+            raise BuildFailed(
+                f"{what} could not be unpacked within {seconds:.0f} s",
+                "make it smaller, or unpack it and hand it over as qcow2",
+            )
+        yield chunk
 
 
 @contextmanager
@@ -404,11 +421,27 @@ def _vet_qcow2_header(head: bytes, what: str, limit_bytes: int) -> None:
         )
     if size_bytes > limit_bytes:
         raise _too_large(what, size_bytes, limit_bytes)
+    _vet_table_sizes(head, what)
     snapshots = int.from_bytes(head[60:64], "big")
     if snapshots > _SNAPSHOTS_MAX:
         raise BuildFailed(
             f"{what} holds {snapshots} internal snapshots, more than {_SNAPSHOTS_MAX}",
             "drop them: qemu-img convert -f qcow2 -O qcow2 OLD NEW",
+        )
+
+
+def _vet_table_sizes(head: bytes, what: str) -> None:
+    """Tables that no program writes: whoever reads them needs gigabytes of memory."""
+    cluster_bits, l1_entries = struct.unpack(">I12xI", head[20:40])
+    refcount_clusters = int.from_bytes(head[56:60], "big")
+    if (
+        not 9 <= cluster_bits <= 21
+        or l1_entries * 8 > _QCOW2_L1_BYTES_MAX
+        or refcount_clusters << cluster_bits > _QCOW2_REFCOUNT_BYTES_MAX
+    ):
+        raise BuildFailed(
+            f"{what} states sizes of clusters or tables that no qcow2 image has",
+            "copy or download it again, or make it anew",
         )
 
 

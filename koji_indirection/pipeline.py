@@ -18,12 +18,12 @@ import os
 import platform
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Protocol
 
 from . import (
@@ -75,6 +75,7 @@ _INJECT_TIME_LIMIT = TimeLimit(
     "it holds too many file systems, or this machine has too much to do",
 )
 _OUTPUT_LINES_IN_ERRORS = 15
+_FULL_SHARE = 0.94  # of a workspace: the rest, or less, is its file system's own
 _WORKSPACE_PARTITION = "/dev/sdb1"  # in the appliance that collects, behind the overlay
 
 
@@ -600,7 +601,7 @@ class _Build(_Guest):
             )
             try:
                 watch.follow(self.logs / "screenshot.png")
-                failure = _job_failure(watch.report, job_log)
+                failure = _job_failure(watch.report, job_log, spec)
             except IndirectionError as error:
                 failure = error
         report = watch.report
@@ -717,16 +718,25 @@ def _checksum(image: ImageFile, future: Future[str]) -> str:
 
 @contextlib.contextmanager
 def _checksums(images: set[ImageFile]) -> Iterator[dict[ImageFile, Future[str]]]:
-    """Checksums of the files that the user named, computed beside the build."""
+    """Checksums of the files that the user named, computed beside the build.
+
+    In a thread that the end of the build does not wait for: a server that a file is on may hang.
+    """
     cancelled = Event()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum") as pool:
-        try:
-            yield {
-                image: pool.submit(imagefile.sha256, image.source, cancelled=cancelled.is_set)
-                for image in images
-            }
-        finally:
-            cancelled.set()
+    futures: dict[ImageFile, Future[str]] = {image: Future() for image in images}
+
+    def compute() -> None:
+        for image, future in futures.items():
+            try:
+                future.set_result(imagefile.sha256(image.source, cancelled=cancelled.is_set))
+            except Exception as error:  # noqa: BLE001 - raised where the result is asked for
+                future.set_exception(error)
+
+    Thread(target=compute, name="checksum", daemon=True).start()
+    try:
+        yield futures
+    finally:
+        cancelled.set()
 
 
 class LogFormatter(logging.Formatter):
@@ -763,22 +773,33 @@ def _build_log(path: Path) -> Iterator[None]:
             handler.close()
 
 
-def _job_failure(report: JobReport, job_log: BoundedLog) -> BuildFailed | None:
+def _job_failure(report: JobReport, job_log: BoundedLog, spec: BuildSpec) -> BuildFailed | None:
     if report.status == 0:
         return None
     lines = job_log.last_lines(_OUTPUT_LINES_IN_ERRORS)
     details = "\n".join(["the last lines of logs/job.log:", *(f"  {line}" for line in lines)])
+    hint = "; ".join(["see logs/job.log", *_used_up(report, spec)])
     step = report.setup[-1] if report.setup else None
     if step is not None and step.status:
         reason = step.reason or f"it exited with status {step.status}"
-        return BuildFailed(
-            f"set-up step {step.name!r} failed: {reason}", "see logs/job.log", details=details
-        )
+        return BuildFailed(f"set-up step {step.name!r} failed: {reason}", hint, details=details)
     failed = report.commands[-1] if report.commands else None
     what = f"command {failed.name!r}" if failed is not None else "the job"
-    return BuildFailed(
-        f"{what} exited with status {report.status}", "see logs/job.log", details=details
-    )
+    return BuildFailed(f"{what} exited with status {report.status}", hint, details=details)
+
+
+def _used_up(report: JobReport, spec: BuildSpec) -> Iterator[str]:
+    """Which limits of the guest's a job that failed had run into, as far as the guest tells."""
+    if report.oom_kills:
+        yield (
+            f"the guest's {format_size(spec.memory_bytes)} of memory were used up, --memory gives"
+            " it more"
+        )
+    if report.peaks.get("workspace_bytes", 0) > _FULL_SHARE * spec.workspace_size_bytes:
+        yield (
+            f"the workspace of {format_size(spec.workspace_size_bytes)} was full, --workspace-size"
+            " makes it larger"
+        )
 
 
 def _overlay_disk(device: str, role: str, overlay: _Overlay) -> Disk:

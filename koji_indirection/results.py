@@ -24,6 +24,7 @@ from .appliance import Appliance, ApplianceError, OutOfTime
 from .errors import BuilderFault, BuildFailed, IndirectionError
 from .guestlog import printable
 from .imagefile import sha256
+from .units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -116,10 +117,11 @@ def collect_logs(
         for guest_path in guest_paths:
             if left_number <= 0 or left_bytes <= 0:
                 log.warning(
-                    "log %s: the rest is left out, %d files or %d bytes of logs are enough",
+                    "log %s: the rest is left out, because at most %d files and %s of logs are"
+                    " collected: name fewer with --collect-log",
                     pattern,
                     _LOGS_NUMBER,
-                    _LOGS_TOTAL_BYTES,
+                    format_size(_LOGS_TOTAL_BYTES),
                 )
                 return matched
             left_number -= 1

@@ -89,6 +89,7 @@ class JobReport:
     status -- exit status of the job; None until the guest reported its end.
     guest -- facts that the guest stated about itself (kernel, shell, selinux).
     peaks -- highest samples in bytes: memory_bytes, root_bytes, workspace_bytes.
+    oom_kills -- processes that the guest's kernel has killed for want of memory.
     boot_seconds, job_seconds, shutdown_seconds -- how long each stage took on the host's clock.
     """
 
@@ -97,6 +98,7 @@ class JobReport:
     status: int | None = None
     guest: dict[str, str] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
+    oom_kills: int = 0
     boot_seconds: float | None = None
     job_seconds: float | None = None
     shutdown_seconds: float | None = None
@@ -309,6 +311,7 @@ class Watch:
             for key in ("memory_bytes", "root_bytes", "workspace_bytes"):
                 value = max(0, min(int(report[key]), 2**63 - 1))
                 self.report.peaks[key] = max(value, self.report.peaks.get(key, 0))
+            self.report.oom_kills = int(report["oom_kills"])
         elif event == "job-ended":
             self.report.status = int(report["status"]) & 0xFF
             self.report.job_seconds = self._enter("shutdown")
@@ -346,15 +349,16 @@ class Watch:
         # What the guest sent before it stopped is read first, to the end of every stream.
         if gone and self._stopped:
             event = event or "stopped"
+        # After a job that went well, too: what it has written may be lost.
+        if event == "io-error" and not self.report.status:
+            raise BuilderFault(
+                "the host could not write the guest's disks: no space left in the work directory",
+                "free some, or name another with --work-dir (work_dir on a builder)",
+            )
         if self._stage == "shutdown":
             if event is not None:
                 self.report.shutdown_seconds = self._enter("over")
             return
-        if event == "io-error":
-            raise BuilderFault(
-                "the host could not write the guest's disks: no space left in the work directory",
-                "free some space, or name another directory with --work-dir",
-            )
         if event == "failed":
             raise BuilderFault(
                 f"the VM's qemu process died{self._during()}",
@@ -417,7 +421,7 @@ class Watch:
             if age > self._deadlines.job:
                 raise BuildFailed(
                     f"the job did not end within its {self._deadlines.job:.0f} s{self._during()}",
-                    "--job-timeout allows more time",
+                    "--job-timeout (--timeout of koji indirection-build) allows more time",
                 )
             command = self.report.running_command
             if (

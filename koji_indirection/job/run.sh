@@ -174,12 +174,14 @@ sample() {
         MemAvailable:) available=$value ;;
         esac
     done </proc/meminfo
+    # Since boot; kernels before 4.13 do not count them.
+    oom_kills=$(sed -n 's/^oom_kill //p' /proc/vmstat)
     workspace=0
     while read -r device directory _; do
         case $device in "$WORKSPACE" | "$workspace_name" | "$INDIRECTION_WORKSPACE") ;; *) continue ;; esac
         workspace=$(used_bytes "$directory") && break
     done </proc/mounts
-    report "{\"event\":\"sample\",\"memory_bytes\":$(((total - available) * 1024)),\"root_bytes\":$(used_bytes /),\"workspace_bytes\":$workspace}"
+    report "{\"event\":\"sample\",\"memory_bytes\":$(((total - available) * 1024)),\"root_bytes\":$(used_bytes /),\"workspace_bytes\":$workspace,\"oom_kills\":${oom_kills:-0}}"
 }
 
 # Commands are run by root's login shell, as Image Factory's ssh did.

@@ -460,10 +460,15 @@ def _strangers_in(output: Path) -> Iterable[str]:
             yield from (str(path) for path in directory.iterdir() if path.name not in names)
 
 
-def unused_run_directories() -> set[Path]:
-    """Socket directories of builds that no running process names."""
+def unused(directories: Iterable[Path]) -> set[Path]:
+    """Those of the directories that no running process names."""
     commands = " ".join(command for _, command in _command_lines())
-    return {path for path in Path("/tmp").glob("ki-*") if str(path) not in commands}
+    return {path for path in directories if str(path) not in commands}
+
+
+def unused_run_directories() -> set[Path]:
+    """Socket directories of builds that have ended; nothing of what other tests make."""
+    return unused(Path("/tmp").glob(f"ki-{'[0-9a-f]' * 12}"))
 
 
 @pytest.fixture(autouse=True)

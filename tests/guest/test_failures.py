@@ -173,8 +173,21 @@ def test_a_guest_that_fills_its_workspace_fails_with_the_tools_own_words(build: 
     built = build(
         [MOUNT, ("fill", "dd if=/dev/zero of=/mnt/fill bs=1M")],
         *("--workspace-size", "256M"),
-    ).failed("command 'fill' exited with status 1")
+    ).failed(
+        "command 'fill' exited with status 1 .*; the workspace of 256 MiB was full,"
+        " --workspace-size makes it larger"
+    )
     assert "No space left on device" in built.stderr  # the end of job.log is shown
+
+
+def test_a_guest_that_runs_out_of_memory_is_told_how_to_get_more(build: Builder) -> None:
+    hoard = (
+        "for one in 1 2 3; do dd if=/dev/zero of=/dev/null bs=100M count=20 & done; wait; exit 5"
+    )
+    build([("hoard", hoard)]).failed(
+        "command 'hoard' exited with status 5 .*; the guest's 256 MiB of memory were used up,"
+        " --memory gives it more"
+    )
 
 
 def test_floods_and_forgeries_leave_bounded_logs_and_an_honest_report(build: Builder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -48,3 +49,14 @@ def test_ctrl_c_ends_the_build_within_five_seconds(
     assert [path.name for path in built.output.iterdir() if path.name == "boot.iso"] == []
     assert not build.leftovers()
     assert seconds < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+def test_other_signals_end_a_build_as_ctrl_c_does(build: Builder, number: int) -> None:
+    running = build.start(COMMANDS)
+    running.wait_for_phase("boot")
+    running.process.send_signal(number)
+    built = running.finish(60)
+    assert built.status == 130, built.stderr
+    assert built.last_line.startswith("interrupted: ")
+    assert not build.leftovers()

@@ -237,6 +237,32 @@ def test_a_full_cache_is_a_fault_and_leaves_nothing(koji: AnyKoji, submit: Submi
             koji.builder_restart(plugin_conf=builder_conf(koji))
 
 
+def test_a_work_directory_that_fills_up_under_a_task_is_a_fault_and_leaves_nothing(
+    koji: AnyKoji, submit: Submit
+) -> None:
+    work = koji.work / "small-work"
+    with small_disk(work, "4G"):
+        settings = f"work_dir = {work}\n[guest]"
+        conf = builder_conf(koji).replace("[guest]", settings)
+        koji.builder_restart(plugin_conf=conf)
+        try:
+            idle = kojid_only(koji)
+            fill = "dd if=/dev/urandom of=/dev/vdb bs=1M seek=20 count=80; sync; sleep 300"
+            task_id = submit(f"echo running; sleep 3; {fill}")
+            wait_for_log(koji, task_id, "job.log", "running")
+            used = os.statvfs(work)
+            left = (used.f_blocks - used.f_bfree) * used.f_frsize + 2 * 1024**2
+            subprocess.run(["mount", "-o", f"remount,size={left}", str(work)], check=True)
+            koji.wait_task(task_id, 120)
+            assert state_of(koji, task_id) == ("FAILED", "FAILED")
+            assert "builder fault: the host could not write" in fault_of(koji, task_id)
+            assert "no space left in the work directory" in fault_of(koji, task_id)
+            expect_nothing_left(koji, idle, set())
+            assert list(work.iterdir()) == []
+        finally:
+            koji.builder_restart(plugin_conf=builder_conf(koji))
+
+
 def test_a_hub_whose_disk_is_full_for_a_while_gets_the_results_later(
     koji: AnyKoji, submit: Submit
 ) -> None:

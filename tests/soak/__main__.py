@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.guest.conftest import IMAGES, Builder, unused_run_directories
+from tests.guest.conftest import IMAGES, Builder, unused, unused_run_directories
 
 from .faults import FAULTS, Fault, Scene, surroundings
 
@@ -133,7 +133,7 @@ def measure(directory: Path) -> dict[str, int]:
         "domains": _domains(),
         "work directories": len(places),
         "socket directories": len(unused_run_directories()),
-        "libguestfs's": len(list(Path("/tmp").glob("libguestfs*"))),
+        "libguestfs's": len(unused(Path("/tmp").glob("libguestfs*"))),
         "mounts": len([line for line in mounts if str(directory) in line]),
         "disk (bytes)": sum(
             path.lstat().st_blocks * 512 for place in places for path in place.rglob("*")

@@ -127,7 +127,7 @@ def test_the_main_help_names_the_commands() -> None:
 # Options in the documentation that are other programs'.
 FOREIGN = {
     *("--make-iso", "--disk-image", "--ks", "--tmp", "--resultdir"),  # livemedia-creator
-    *("--template-scm", "--local", "--system-site-packages"),  # koji, venv
+    *("--template-scm", "--local", "--system-site-packages", "--prefix"),  # koji, venv, pip
 }
 
 
@@ -344,6 +344,18 @@ def test_check_says_what_is_wrong_with_each_file(
     assert [one["kind"] for one in findings] == ["template", "template", *["image"] * 4]
     assert "backing file" in findings[4]["message"]
     assert all(one["message"] for one in findings)
+
+
+def test_check_waits_for_no_pipe_and_no_name_steers_the_terminal(
+    tmp_path: Path, image: Path
+) -> None:
+    odd, pipe = image.with_name("odd\n\x1b[31mname"), tmp_path / "pipe"
+    image.rename(odd)
+    os.mkfifo(pipe)
+    said = run("check", "--work-dir", tmp_path / "work", odd, pipe)
+    assert [line.split()[0] for line in said.out.splitlines()] == ["ok", "WRONG"]
+    assert "odd ?[31mname: qcow2 image" in said.out
+    assert "pipe is not a regular file" in said.out
 
 
 def test_check_says_what_a_template_brings_and_what_of_it_has_no_effect(tmp_path: Path) -> None:

@@ -193,6 +193,7 @@ def test_a_guest_that_takes_too_much_of_the_disk_is_ended(
 def test_a_guest_that_never_starts_a_shell_is_a_fault(guest: Guest, person: Person) -> None:
     error = Relay(guest, person, boot_seconds=0.3).end()
     assert isinstance(error, BuilderFault)
+    assert "within the boot deadline of 0 s" in error.message
     assert "--boot-timeout" in error.hint
 
 

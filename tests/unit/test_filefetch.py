@@ -7,6 +7,7 @@ import logging
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,11 @@ ANYWHERE = Settings(file_hosts=("*",))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """/data: bytes; /to?URL: a redirection; /cut: less than announced; else 404."""
+    """/data: bytes; /to?URL: a redirection; /cut: less than announced; /slow: ten seconds of
+    bytes, one by one; else 404.
+    """
+
+    left_early = threading.Event()
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
@@ -30,6 +35,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", query)
             self.send_header("Content-Length", "0")
             self.end_headers()
+        elif path == "/slow":
+            self.send_response(200)
+            self.end_headers()
+            try:
+                for _ in range(200):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+            except OSError:
+                self.left_early.set()
         elif path in ("/data", "/cut", "/endless"):
             self.send_response(200)
             if path != "/endless":
@@ -136,6 +150,13 @@ def test_the_limit_is_for_all_files_together(server: str, tmp_path: Path) -> Non
 
 def test_a_file_that_arrives_in_part_is_no_file(server: str, tmp_path: Path) -> None:
     assert "cannot be fetched from" in refused(f"{server}/cut", tmp_path / "f")
+
+
+def test_a_server_that_trickles_is_left_at_the_deadline(server: str, tmp_path: Path) -> None:
+    hasty = Settings(file_hosts=("*",), download=Download(total_timeout_seconds=1))
+    said = refused(f"{server}/slow", tmp_path / "f", hasty)
+    assert "it takes longer than 1 s, see total_timeout in [download]" in said
+    assert Handler.left_early.wait(20)
 
 
 def test_what_is_not_there_is_said_with_the_servers_answer(server: str, tmp_path: Path) -> None:

@@ -206,6 +206,11 @@ def data_file_by_qemu_img(directory: Path) -> Path:
     return path
 
 
+@case(r"has a backing file \(''\)")
+def backing_file_whose_name_lies_behind_the_end(directory: Path) -> Path:
+    return patch(qcow2(directory), 8, be64(1 << 40) + be32(10))
+
+
 @case("has a backing file")
 def backing_file_in_a_packed_image(directory: Path) -> Path:
     packed = directory / "disk.qcow2.gz"
@@ -255,20 +260,27 @@ def encrypted_by_qemu_img(directory: Path) -> Path:
 
 # Tables that are absurdly large, or elsewhere
 
-REFUSED = "is not a usable qcow2 image|is incomplete or damaged|cannot be examined|safety checks"
+ABSURD = "states sizes of clusters or tables that no qcow2 image has"
 for what, offset, data in (
     ("l1_table_of_4_giga_entries", 36, be32(0xFFFFFFFF)),
     ("l1_table_of_32_mega_entries", 36, be32(32 * MIB)),
+    ("refcount_table_of_4_giga_clusters", 56, be32(0xFFFFFFFF)),
+    ("clusters_too_small", 20, be32(8)),
+    ("clusters_too_large", 20, be32(63)),
+    ("clusters_of_no_number_at_all", 20, be32(0xFFFFFFFF)),
+):
+    add(what, ABSURD, patched(offset, data))
+REFUSED = "is not a usable qcow2 image|is incomplete or damaged|cannot be examined|safety checks"
+for what, offset, data in (
     ("l1_table_of_no_entries", 36, be32(0)),
     ("l1_table_behind_the_end", 40, be64(1 << 50)),
     ("l1_table_at_an_odd_place", 40, be64(12345)),
     ("l1_table_at_the_header", 40, be64(0)),
-    ("refcount_table_of_4_giga_clusters", 56, be32(0xFFFFFFFF)),
     ("refcount_table_behind_the_end", 48, be64(1 << 50)),
     ("refcounts_of_too_many_bits", 96, be32(60)),
-    ("clusters_too_small", 20, be32(8)),
-    ("clusters_too_large", 20, be32(63)),
     ("header_longer_than_its_cluster", 100, be32(0xFFFFFFF0)),
+    ("header_shorter_than_it_is", 100, be32(73)),
+    ("raw_external_data_without_a_data_file", 88, be64(2)),
     ("snapshot_table_behind_the_end", 60, be32(3) + be64(1 << 50)),
     ("snapshot_table_in_the_header", 60, be32(3) + be64(65536)),
 ):
@@ -350,6 +362,16 @@ for size in (4, 71, 103, 512, 65536, 200_000):
 
 
 @case("several formats at once")
+def qcow2_that_is_a_disk_with_partitions_too(directory: Path) -> Path:
+    return patch(qcow2(directory), 510, b"\x55\xaaEFI PART")
+
+
+@case("has a backing file")
+def disk_with_partitions_and_a_qcow2_header_for_its_boot_code(directory: Path) -> Path:
+    return patch(raw_disk_with_a_qcow2_header_in_its_boot_sector(directory), 512, b"EFI PART")
+
+
+@case("several formats at once")
 def qcow2_that_is_an_iso_too(directory: Path) -> Path:
     return patch(qcow2(directory), 32768, b"\x01CD001\x01")
 
@@ -409,10 +431,16 @@ for what, options in {
     "vhd_fixed": ["vpc", "-o", "subformat=fixed"],
     "vhdx": ["vhdx"],
     "qed": ["qed"],
-    "vmdk_sparse": ["vmdk", "-o", "subformat=streamOptimized"],
+    "vmdk_sparse": ["vmdk", "-o", "subformat=monolithicSparse"],
+    "vmdk_stream": ["vmdk", "-o", "subformat=streamOptimized"],
 }.items():
     family = what.partition("_")[0]
     add(f"{what}_under_a_false_name", f"is in {family} format", foreign(*options))
+
+
+@case("is not a disk image")
+def parallels_under_a_false_name(directory: Path) -> Path:
+    return foreign("parallels")(directory)
 
 
 @case("is named .qcow2 but its content is not|in vdi format")
@@ -461,9 +489,26 @@ def raw_disk_with_a_name_that_is_an_option(directory: Path) -> Path:
     return raw(directory).rename(directory / "-o,file=json:{secret}")
 
 
+for what, options in {
+    "of_version_2": ["compat=0.10"],
+    "with_extended_l2_tables": ["extended_l2=on"],
+    "with_the_smallest_clusters": ["cluster_size=512"],
+    "with_the_largest_clusters": ["cluster_size=2M"],
+}.items():
+    add(
+        f"good_qcow2_{what}",
+        "qcow2",
+        lambda directory, options=options: qcow2(directory, "-o", *options),
+        by_header=False,
+    )
+
+
 @case("qcow2", by_header=False)
-def good_qcow2(directory: Path) -> Path:
-    return qcow2(directory, "-c")
+def good_qcow2_with_a_snapshot_and_a_bitmap(directory: Path) -> Path:
+    path = qcow2(directory, "-c")
+    run("qemu-img", "snapshot", "-c", "one", path)
+    run("qemu-img", "bitmap", "--add", path, "one")
+    return path
 
 
 # The test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import http.server
 import json
@@ -64,6 +65,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.release = threading.Event()
         self.reached = threading.Event()
+        self.left_early = threading.Event()
 
     @property
     def url(self) -> str:
@@ -162,6 +164,16 @@ def hanging_at(end: int) -> Behaviour:
             handler.wfile.write(data[max(start, end) :])
 
     return behaviour
+
+
+def trickling(handler: Handler, data: bytes, start: int) -> None:
+    handler.head(data, start)
+    try:
+        for position in range(start, start + 200):
+            handler.wfile.write(data[position : position + 1])
+            time.sleep(0.05)
+    except OSError:
+        handler.server.left_early.set()
 
 
 def never_answering(handler: Handler, data: bytes, start: int) -> None:
@@ -324,6 +336,15 @@ def test_the_time_for_an_image_is_limited(server: Server, cache: Cache) -> None:
     options = replace(FAST, read_timeout_seconds=0.1, total_timeout_seconds=0.4)
     with pytest.raises(BuilderFault, match=r"could not be fetched within 0.4 s: .* of 683.6 KiB"):
         get(server, make_source(server), cache, download=options)
+
+
+def test_a_server_that_trickles_is_left_at_the_deadline(server: Server, cache: Cache) -> None:
+    server.plan = [trickling] * 2
+    options = replace(FAST, total_timeout_seconds=1)
+    with pytest.raises(BuilderFault, match=r"could not be fetched within 1 s: [0-9]+ B of"):
+        get(server, make_source(server), cache, download=options)
+    assert server.left_early.wait(20)
+    assert left(cache) == []
 
 
 def test_a_server_that_is_not_there_is_a_fault(server: Server, cache: Cache) -> None:
@@ -850,6 +871,19 @@ def test_two_processes_fetch_one_image_once(server: Server, start: Callable[...,
     server.release.set()
     assert [worker.line() for worker in workers] == [f"holding {len(DATA)}"] * 2
     assert len(server.seen) == 1
+
+
+def test_another_process_that_never_has_the_image_is_not_waited_for_for_ever(
+    server: Server, cache: Cache
+) -> None:
+    source = make_source(server)
+    cache.directory.mkdir(parents=True)
+    with (cache.directory / f"sha256-{source.checksum}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        hasty = replace(FAST, total_timeout_seconds=0.3)
+        said = str(refused(source, server.url, cache, download=hasty))
+    assert "another process has not fetched it within 0.3 s" in said
+    assert "total_timeout in the configuration's [download]" in said
 
 
 def test_whoever_waits_takes_over_from_a_process_that_was_killed(

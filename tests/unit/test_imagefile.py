@@ -260,6 +260,15 @@ def test_a_decompression_bomb_stops_at_the_limit(
     assert refusal(bomb) == "unpacks to more than the limit of 64 MiB"
 
 
+def test_unpacking_has_a_deadline(
+    raw: Path, packer: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = raw.with_name("packed")
+    packed.write_bytes(packer(raw.read_bytes()))
+    monkeypatch.setattr(imagefile, "_UNPACK_SECONDS", -10.0)
+    assert refusal(packed).startswith("could not be unpacked within ")
+
+
 def test_a_bomb_with_a_qcow2_magic_stops_too(tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.qcow2.gz"
     bomb.write_bytes(gzip.compress(b"QFI\xfb" + bytes(140 * MIB)))

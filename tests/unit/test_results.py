@@ -595,7 +595,7 @@ def test_files_that_are_no_logs_count_too_however_many_a_glob_matches(
     for number in range(300):
         (build.workspace / f"{number:03}.log").mkdir()
     build.collect_logs("/*.log")
-    assert "the rest is left out, 200 files" in caplog.text
+    assert "the rest is left out, because at most 200 files and 1 GiB of logs" in caplog.text
     assert len(caplog.records) == 201
 
 

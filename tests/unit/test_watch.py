@@ -164,8 +164,8 @@ def test_an_orderly_job_is_reported_whole(watched: Watched) -> None:
         guest.start_job()
         guest.start_command(1)
         guest.log.sendall(b"=== command 1 of 2: mount\n")
-        guest.report("sample", memory_bytes=300, root_bytes=20, workspace_bytes=10)
-        guest.report("sample", memory_bytes=200, root_bytes=30, workspace_bytes=5)
+        guest.report("sample", memory_bytes=300, root_bytes=20, workspace_bytes=10, oom_kills=0)
+        guest.report("sample", memory_bytes=200, root_bytes=30, workspace_bytes=5, oom_kills=2)
         guest.end_command(1, seconds=2.25)
         guest.start_command(2)
         guest.end_command(2, seconds=0.5)
@@ -180,6 +180,7 @@ def test_an_orderly_job_is_reported_whole(watched: Watched) -> None:
     ]
     assert report.guest == {"kernel": "6.1.0", "shell": "/bin/bash", "selinux": "none"}
     assert report.peaks == {"memory_bytes": 300, "root_bytes": 30, "workspace_bytes": 10}
+    assert report.oom_kills == 2
     assert watched.stages == ["job", "shutdown"]
     assert None not in (report.boot_seconds, report.job_seconds, report.shutdown_seconds)
     assert (watched.directory / "job.log").read_bytes() == b"=== command 1 of 2: mount\n"
@@ -485,6 +486,27 @@ def test_a_full_disk_of_the_host_is_a_builder_fault(watched: Watched) -> None:
     assert "--work-dir" in error.hint
 
 
+def test_a_disk_that_is_full_at_last_may_have_cost_the_results(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.run_whole_job()
+        time.sleep(0.2)
+        guest.event("io-error")
+
+    error = watched.failure(script)
+    assert isinstance(error, BuilderFault)
+    assert "no space left in the work directory" in error.message
+
+
+def test_a_job_that_failed_before_the_disk_was_full_is_told_as_that(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.start_job()
+        guest.report("job-ended", status=7)
+        time.sleep(0.2)
+        guest.event("io-error")
+
+    assert watched.follow(script).status == 7
+
+
 def test_a_libvirtd_that_goes_away_is_a_builder_fault(watched: Watched) -> None:
     def script(guest: Guest) -> None:
         guest.start_job()
@@ -552,7 +574,7 @@ def test_the_job_deadline_names_the_command_that_ran(watched: Watched) -> None:
     error = watched.failure(script, Deadlines(boot=20, job=0.6, command=None, shutdown=20))
     assert isinstance(error, BuildFailed)
     assert error.message == "the job did not end within its 1 s, during command 'mount'"
-    assert error.hint == "--job-timeout allows more time"
+    assert error.hint == "--job-timeout (--timeout of koji indirection-build) allows more time"
 
 
 def test_a_command_deadline_counts_each_command_anew(watched: Watched) -> None:
@@ -676,7 +698,8 @@ def test_half_a_report_at_the_end_is_none(watched: Watched) -> None:
 def test_numbers_out_of_range_are_brought_into_it(watched: Watched) -> None:
     def script(guest: Guest) -> None:
         guest.start_job()
-        guest.report("sample", memory_bytes=-5, root_bytes=10**30, workspace_bytes=1)
+        sample = {"memory_bytes": -5, "root_bytes": 10**30, "workspace_bytes": 1, "oom_kills": 0}
+        guest.report("sample", **sample)
         guest.start_command(1)
         guest.status.sendall(
             b'{"event": "command-ended", "index": 1, "status": 0, "seconds": -1e999}\n'
