@@ -333,13 +333,13 @@ def test_the_policy_sees_all_that_the_documentation_promises(hub: AnyKoji, user:
         admin.createTag("other-build", arches="x86_64")
         admin.createBuildTarget("other", "other-build", "images-candidate")
     policy = """
+        source */forbidden.git* :: deny
         target other && buildtag other-build :: deny
         bool scratch && match template_source upload :: deny
         match accel tcg && match channel image :: deny
         package debian-* && tag images-candidate :: deny
         skip_tag :: deny
         version 99 && release 1 :: deny
-        source */forbidden.git* :: deny
         match utility_image task:* && match input_image debian-* :: deny
         method indirectionBuild && buildtype image :: allow
         all :: deny nothing matched
