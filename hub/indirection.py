@@ -215,7 +215,8 @@ def _policy_data(spec, target, channel):
         "build_tag": target["build_tag"],
         "package": spec.name,
         "version": spec.version,
-        "release": spec.release,
+        # Not None: a pattern that meets it is an error before Koji 1.35, and so is to leave it out.
+        "release": spec.release or "",
         "channel": channel,
         "arches": list(spec.arches),
         "scratch": spec.scratch,
@@ -228,8 +229,7 @@ def _policy_data(spec, target, channel):
         "utility_image": spec.utility_image,
         "input_image": spec.input_image,
         "template_source": "upload" if spec.template_scm is None else "scm",
-        # None matches no pattern; without the key Koji's test would be an error.
-        "source": spec.template_scm,
+        "source": spec.template_scm or "",
         "btypes": ["image"],
     }
     if not spec.scratch and not spec.skip_tag:

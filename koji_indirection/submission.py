@@ -88,7 +88,7 @@ def _read_file(path: Path) -> _File:
             continue
         raise UsageError(
             f"{path}: there is no section [{section}]",
-            suggestion(section, [*SECTIONS, f"{COMMAND}:ARCH"]),
+            suggestion(section, [f"{COMMAND}:ARCH"] if ":" in section else SECTIONS),
         )
     found = [section for section in SECTIONS if parser.has_section(section)]
     if len(found) != 1:

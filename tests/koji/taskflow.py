@@ -34,7 +34,8 @@ from koji.plugin import export
 
 @export
 def makeIndirectionTask(spec):
-    return kojihub.kojihub.make_task("indirectionBuild", [spec], channel="image")
+    request = [spec, spec["target"], {}]
+    return kojihub.kojihub.make_task("indirectionBuild", request, channel="image")
 """
 Submit = Callable[..., int]
 _numbers = itertools.count(1)

@@ -62,8 +62,8 @@ def user(hub: AnyKoji) -> Iterator[Any]:
 
 @contextmanager
 def hub_with(koji: AnyKoji, **options: Any) -> Iterator[None]:
-    koji.hub_restart(**options)
     try:
+        koji.hub_restart(**options)
         yield
     finally:
         koji.hub_restart()
@@ -333,14 +333,13 @@ def test_the_policy_sees_all_that_the_documentation_promises(hub: AnyKoji, user:
         admin.createTag("other-build", arches="x86_64")
         admin.createBuildTarget("other", "other-build", "images-candidate")
     policy = """
+        source */forbidden.git* :: deny
         target other && buildtag other-build :: deny
         bool scratch && match template_source upload :: deny
         match accel tcg && match channel image :: deny
         package debian-* && tag images-candidate :: deny
         skip_tag :: deny
         version 99 && release 1 :: deny
-        source */forbidden.git* :: deny
-        match_any arches aarch64 :: deny
         match utility_image task:* && match input_image debian-* :: deny
         method indirectionBuild && buildtype image :: allow
         all :: deny nothing matched
@@ -357,41 +356,61 @@ def test_the_policy_sees_all_that_the_documentation_promises(hub: AnyKoji, user:
         assert allowed(user, version="99")
         assert not allowed(user, version="99", release="1")
         assert not allowed(user, template_scm="git://host/forbidden.git#main")
-        assert not allowed(user, arches=["x86_64", "aarch64"])
         assert not allowed(user, utility_image="task:5")
 
 
-def test_the_policy_sees_what_network_the_guest_is_to_have(hub: AnyKoji, user: Any) -> None:
-    def asks(network: str | None, **more: Any) -> dict[str, Any]:
-        """With this network for x86_64 and none for aarch64."""
-        per_arch = {} if network is None else {"x86_64": {"network": network, **more}}
-        return {"arches": ["x86_64", "aarch64"], "arch_build": per_arch}
+def networks(**per_arch: str) -> dict[str, Any]:
+    """For x86_64 and aarch64, one of which may have none."""
+    arch_build: dict[str, Any] = {arch: {"network": network} for arch, network in per_arch.items()}
+    return {"arches": ["x86_64", "aarch64"], "arch_build": arch_build}
 
+
+def test_the_policy_sees_what_network_the_guest_is_to_have(hub: AnyKoji, user: Any) -> None:
     with hub_with(hub, policy={"indirection": "match network none :: allow\nall :: deny"}):
         assert allowed(user)
         assert allowed(user, build={"network": "none"})
         assert not allowed(user, build={"network": "user"})
-        assert not allowed(user, **asks("user"))
+        assert not allowed(user, **networks(x86_64="user"))
     with hub_with(hub, policy={"indirection": "match network user :: deny\nall :: allow"}):
-        assert not allowed(user, **asks("user"))
-        assert allowed(user, **asks("br0"))
+        assert not allowed(user, **networks(x86_64="user"))
+        assert allowed(user, **networks(x86_64="br0"))
+    policy = """
+        match network *lab* :: deny
+        bool tag_repo && match network br0 :: deny
+        match network user br0?user :: allow
+        all :: deny
+    """
+    with hub_with(hub, policy={"indirection": policy}):
+        assert not allowed(user, **networks(x86_64="user", aarch64="lab"))
+        assert not allowed(user, **networks(x86_64="br0"))
+        assert allowed(user, **networks(x86_64="user", aarch64="br0"))
+        assert allowed(user, build={"network": "user"}, tag_repo=True)
+        assert not allowed(user, build={"network": "br0"}, tag_repo=True)
+
+
+def test_the_policy_has_lists_for_the_tests_that_koji_has_since_1_35(
+    hub: AnyKoji, user: Any
+) -> None:
+    version = user.getKojiVersion()
+    if [int(part) for part in version.split(".")[:2]] < [1, 35]:
+        pytest.skip(f"Koji {version} has no match_any")
     policy = """
         match_any networks lab :: deny
         match_any repos *elsewhere* :: deny
-        bool tag_repo && match network br0 :: deny
+        match_any arches i686 :: deny
         match_all networks none user :: allow
-        match network br0?user :: allow
         all :: deny
     """
-    both = {"x86_64": {"network": "user"}, "aarch64": {"network": "br0"}}
     with hub_with(hub, policy={"indirection": policy}):
-        assert allowed(user, **asks("user", repos=["http://h/here"]))
-        assert not allowed(user, **asks("user", repos=["http://h/elsewhere/1"]))
-        assert not allowed(user, **asks("lab"))
-        assert not allowed(user, **asks("br0"))
-        assert allowed(user, arches=["x86_64", "aarch64"], arch_build=both)
-        assert allowed(user, build={"network": "user"}, tag_repo=True)
-        assert not allowed(user, build={"network": "br0"}, tag_repo=True)
+        assert allowed(user, **networks(x86_64="user"))
+        assert not allowed(user, **networks(x86_64="lab"))
+        assert not allowed(user, **networks(x86_64="br0"))
+        asked = networks(x86_64="user")
+        assert not allowed(user, **{**asked, "arches": [*asked["arches"], "i686"]})
+        asked["arch_build"]["x86_64"]["repos"] = ["http://h/here"]
+        assert allowed(user, **asked)
+        asked["arch_build"]["x86_64"]["repos"] += ["http://h/elsewhere/1"]
+        assert not allowed(user, **asked)
 
 
 def test_a_policy_may_allow_an_uploaded_template_for_a_build(hub: AnyKoji, user: Any) -> None:
