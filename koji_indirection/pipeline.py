@@ -423,6 +423,7 @@ class _Guest:
             input=f"/dev/{spec.input_device}" if spec.input_device else spec.input_filename or "",
             results_dir=results_directory(spec),
             terminal=self.terminal,
+            shell_tty=self.arch.virtio_console,
         )
 
     def _guest_files(self) -> list[GuestFile]:

@@ -279,8 +279,18 @@ def test_the_cpu_model_under_tcg_runs_the_guests_binaries(
 
 
 def test_without_kvm_an_arch_has_its_own_cpu_model() -> None:
-    for name, model in (("aarch64", "cortex-a57"), ("ppc64le", "power9"), ("s390x", "qemu")):
+    for name, model in (("aarch64", "cortex-a57"), ("ppc64le", "POWER9"), ("s390x", "qemu")):
         assert tcg_cpu_model("rhel", "9.4", ARCHES[name]) == model
+
+
+@pytest.mark.parametrize("arch", ["x86_64", "ppc64le"])
+def test_libvirt_has_the_cpu_models_by_these_very_names(
+    arch: str, libvirt_test_driver: Any
+) -> None:
+    """Of the other two arches libvirt has none of its own and takes qemu's."""
+    versions = [("debian", "12"), ("rhel", "9.4"), ("rhel", "10.0")]
+    models = {tcg_cpu_model(*version, ARCHES[arch]) for version in versions}
+    assert models <= set(libvirt_test_driver.getCPUModelNames(arch))
 
 
 VIRTIO = {"virtio_blk", "virtio_console"}

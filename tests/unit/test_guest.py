@@ -8,6 +8,7 @@ would touch the machine (power off, modprobe, sync) is taken out.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -26,6 +27,7 @@ import pytest
 from fakeguest import FakeGuest
 
 from koji_indirection import guest
+from koji_indirection.arches import ARCHES
 from koji_indirection.errors import BuildFailed
 from koji_indirection.guestjob import GuestFile, GuestJob, Terminal, job_files
 from koji_indirection.initsystem import Start
@@ -94,6 +96,15 @@ def test_a_shell_is_told_of_its_terminal_and_a_job_of_none() -> None:
     without = job_files(GuestJob(commands))
     assert b"SHELL_TTY" not in without["etc/koji-indirection/settings"][0]
     assert "etc/koji-indirection/shell" not in without
+
+
+def test_a_shells_terminal_is_not_the_serial_port_of_power() -> None:
+    for arch, tty in (("x86_64", "/dev/hvc0"), ("ppc64le", "/dev/hvc1"), ("s390x", "/dev/hvc0")):
+        job = dataclasses.replace(
+            JOB, terminal=Terminal("xterm", 30, 100), shell_tty=ARCHES[arch].virtio_console
+        )
+        settings = job_files(job)["etc/koji-indirection/settings"][0].decode()
+        assert f"SHELL_TTY={tty}" in settings.splitlines()
 
 
 def test_the_whole_tree_is_the_job_and_what_starts_it() -> None:
