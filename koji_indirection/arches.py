@@ -12,7 +12,7 @@ from .errors import UsageError
 class Arch:
     """One arch, as Koji and rpm name it, and its machine in qemu's and libvirt's words.
 
-    machine -- the machine type; the disk bus "ide" needs another one: see domain.py.
+    machine -- the machine type; old guests of x86_64 need another one: see domain.py.
     uefi -- "optional" beside a BIOS, "always", or "never".
     efi_loader -- what a UEFI without a memory of boot entries starts.
     tcg_cpu_model -- the CPU where there is no KVM, for guests of which no more is known.

@@ -487,6 +487,7 @@ class _Guest:
             disk_bus=disk_bus(spec.disk_bus, system.missing_drivers, arch),
             serial_reports=serial_reports(system.missing_drivers, arch),
             log_is_terminal=self.terminal is not None,
+            virtio_1=system.knows_virtio_1,
         )
         self.record.guest["disk_bus"] = without.disk_bus
         if boots_by != "uefi":

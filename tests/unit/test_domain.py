@@ -278,6 +278,12 @@ def test_the_cpu_model_under_tcg_runs_the_guests_binaries(
     assert tcg_cpu_model(os_id, version_id) == model
 
 
+def test_a_guest_from_before_virtio_1_gets_a_machine_without_pci_express() -> None:
+    assert domain("tcg", UTILITY, WORKSPACE, virtio_1=False).machine == "pc"
+    assert domain("tcg", UTILITY, WORKSPACE).machine == "q35"
+    assert foreign("tcg", "ppc64le", virtio_1=False).machine == "pseries"
+
+
 def test_without_kvm_an_arch_has_its_own_cpu_model() -> None:
     for name, model in (("aarch64", "cortex-a57"), ("ppc64le", "POWER9"), ("s390x", "qemu")):
         assert tcg_cpu_model("rhel", "9.4", ARCHES[name]) == model

@@ -203,6 +203,27 @@ def test_a_guest_that_enforces_selinux_boots_permissive(
     )
 
 
+@pytest.mark.parametrize(
+    ("releases", "known"),
+    [
+        (["6.1.0-13-cloud-amd64"], True),
+        (["4.0.0"], True),
+        (["3.16.0-4-amd64"], False),
+        (["2.6.32-754.el6.x86_64"], False),
+        (["3.10.0-229.el7.x86_64"], False),
+        (["3.10.0-327.el7.x86_64"], True),
+        (["3.10.0-1160.el7.x86_64"], True),
+        (["3.16.0-4-amd64", "4.9.0-9-amd64"], True),
+        ([], True),
+    ],
+)
+def test_the_age_of_the_kernels_says_whether_they_know_virtio_1(
+    tmp_path: Path, releases: list[str], known: bool
+) -> None:
+    kernels = {f"/lib/modules/{release}/modules.dep": "" for release in releases}
+    assert inject(FakeGuest({**DEBIAN, **kernels}), tmp_path).knows_virtio_1 == known
+
+
 def test_a_guest_that_would_relabel_its_files_and_reboot_does_not(tmp_path: Path) -> None:
     files = FakeGuest({**DEBIAN, "/.autorelabel": ""})
     inject(files, tmp_path)
