@@ -12,13 +12,14 @@ from .errors import UsageError
 class Arch:
     """One arch, as Koji and rpm name it, and its machine in qemu's and libvirt's words.
 
-    machine -- the machine type; the disk bus "ide" needs another one: see domain.py.
+    machine -- the machine type; old guests of x86_64 need another one: see domain.py.
     uefi -- "optional" beside a BIOS, "always", or "never".
     efi_loader -- what a UEFI without a memory of boot entries starts.
     tcg_cpu_model -- the CPU where there is no KVM, for guests of which no more is known.
     console -- "serial", or "sclp" where there is no serial port.
     panic_model -- how a panic of the kernel reaches the host; None: it does not.
     video_model -- a screen to be photographed; None: none.
+    virtio_console -- the first terminal on a virtio port, where no guest has a getty.
     has_report_ports -- whether it can have serial ports beside that of the console.
     """
 
@@ -30,6 +31,7 @@ class Arch:
     console: str = "serial"
     panic_model: str | None = None
     video_model: str | None = None
+    virtio_console: str = "/dev/hvc0"
     has_report_ports: bool = False
 
 
@@ -58,10 +60,11 @@ ARCHES = {
             "ppc64le",
             machine="pseries",
             uefi="never",
-            # What RHEL 9 for this arch is compiled for.
-            tcg_cpu_model="power9",
+            # What RHEL 9 for this arch is compiled for; in capitals to libvirt, unlike to qemu.
+            tcg_cpu_model="POWER9",
             panic_model="pseries",
             video_model="vga",
+            virtio_console="/dev/hvc1",  # hvc0 is its serial port
         ),
         Arch(
             "s390x",

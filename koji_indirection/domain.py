@@ -65,6 +65,7 @@ class Domain:
     disk_bus -- "virtio", "sata" or "ide".
     serial_reports -- whether status and log come over serial ports, because the guest has no
         driver for virtio ones.
+    virtio_1 -- whether the guest's virtio drivers know version 1.0.
     """
 
     name: str
@@ -80,11 +81,13 @@ class Domain:
     firmware: Firmware | None = None
     disk_bus: str = "virtio"
     serial_reports: bool = False
+    virtio_1: bool = True
 
     @property
     def machine(self) -> str:
-        """The machine type: q35 has no IDE."""
-        return "pc" if self.disk_bus == "ide" else self.arch.machine
+        """The machine type: q35 has no IDE, and no virtio but 1.0 behind its PCI Express ports."""
+        is_old = self.disk_bus == "ide" or not self.virtio_1
+        return "pc" if is_old and self.arch.name == "x86_64" else self.arch.machine
 
     @property
     def console_socket(self) -> Path:

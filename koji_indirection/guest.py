@@ -51,6 +51,7 @@ class GuestSystem:
     arch -- what its programs are compiled for, e.g. "x86_64" or "i386"; empty when unknown.
     missing_drivers -- those of virtio_blk, virtio_console, ahci and ata_piix that none of its
         kernels has.
+    knows_virtio_1 -- False when all its kernels are from before virtio 1.0.
     """
 
     root_device: str
@@ -60,6 +61,7 @@ class GuestSystem:
     selinux: bool
     arch: str = ""
     missing_drivers: frozenset[str] = frozenset()
+    knows_virtio_1: bool = True
 
 
 def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem:
@@ -74,6 +76,7 @@ def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem
     os_release = _os_release(appliance)
     arch = _arch(appliance)
     missing_drivers = _missing_drivers(appliance)
+    knows_virtio_1 = _knows_virtio_1(appliance)
     if "virtio_console" in missing_drivers:
         job = dataclasses.replace(job, serial_reports=True)
     archive = tmp_dir / "job.tar"
@@ -99,6 +102,7 @@ def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem
         selinux=selinux_config is not None,
         arch=arch,
         missing_drivers=missing_drivers,
+        knows_virtio_1=knows_virtio_1,
     )
     log.info(
         "utility image: %s %s for %s on %s, started by %s%s",
@@ -216,3 +220,15 @@ def _missing_drivers(appliance: Appliance) -> frozenset[str]:
         ):
             missing.discard(driver)
     return frozenset(missing) if lists else frozenset()
+
+
+def _knows_virtio_1(appliance: Appliance) -> bool:
+    """Whether one of its kernels does; True when there is none to be seen."""
+    kernels = appliance.call("glob_expand", "/lib/modules/*/modules.dep")
+    return not kernels or any(_has_virtio_1(PurePosixPath(path).parent.name) for path in kernels)
+
+
+def _has_virtio_1(release: str) -> bool:
+    """Linux has it since 4.0, RHEL since the kernel of 7.2."""
+    numbers = [int(number) for number in re.findall("[0-9]+", release)[:4]]
+    return numbers >= [4] or (".el7" in release and numbers >= [3, 10, 0, 327])

@@ -21,7 +21,6 @@ from .template import Command, Package, Repository
 STATUS_PORT = "org.koji.indirection.status"
 LOG_PORT = "org.koji.indirection.log"
 SAMPLE_SECONDS = 5
-SHELL_TTY = "/dev/hvc0"  # the log's stream, made a terminal: no guest has a getty there
 MEDIA_SERIAL = "media"  # of the disk: what the guest finds it by
 
 DIRECTORY = "etc/koji-indirection"
@@ -66,6 +65,7 @@ class GuestJob:
     serial_reports -- whether status and log go to serial ports: there are no virtio ones.
     results_dir -- the directory in the workspace where the first result is expected.
     terminal -- None; or where a shell runs instead of the commands, which only lie in place.
+    shell_tty -- what the log's stream then is, in the guest.
     """
 
     commands: Sequence[Command]
@@ -80,6 +80,7 @@ class GuestJob:
     input: str = "/input_image.raw"
     results_dir: str = "/"
     terminal: Terminal | None = None
+    shell_tty: str = "/dev/hvc0"
     serial_reports: bool = False
 
     @property
@@ -161,7 +162,7 @@ def _settings(job: GuestJob) -> bytes:
     }
     if job.terminal is not None:
         values |= {
-            "SHELL_TTY": values["LOG_TTY"] or SHELL_TTY,
+            "SHELL_TTY": values["LOG_TTY"] or job.shell_tty,
             "TERMINAL_TYPE": job.terminal.type,
             "TERMINAL_SIZE": f"rows {job.terminal.rows} cols {job.terminal.columns}",
         }

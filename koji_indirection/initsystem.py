@@ -32,12 +32,15 @@ _MULTI_USER_RUNLEVELS = "2345"
 _MAY_START_RC_LOCAL = ("/etc/inittab", "/etc/init.d/rcS", "/etc/rc")
 _OWN_RC_LOCAL = "/etc/rc.local.own"  # the guest's own rc.local, which still runs first
 
-# Units that wait for a person, or for a network that is not there, before multi-user is reached.
+# Units that wait for a person, a network or a time server before multi-user is reached.
 _MASKED_UNITS = (
     "NetworkManager-wait-online.service",
     "systemd-networkd-wait-online.service",
+    "systemd-networkd-wait-online@.service",  # and its instances, one for an interface
     "ifupdown-wait-online.service",
     "systemd-time-wait-sync.service",
+    "chrony-wait.service",
+    "ntp-wait.service",
     "systemd-firstboot.service",
     "systemd-homed-firstboot.service",
     "initial-setup.service",

@@ -424,6 +424,7 @@ class _Guest:
             input=f"/dev/{spec.input_device}" if spec.input_device else spec.input_filename or "",
             results_dir=results_directory(spec),
             terminal=self.terminal,
+            shell_tty=self.arch.virtio_console,
         )
 
     def _guest_files(self) -> list[GuestFile]:
@@ -487,6 +488,7 @@ class _Guest:
             disk_bus=disk_bus(spec.disk_bus, system.missing_drivers, arch),
             serial_reports=serial_reports(system.missing_drivers, arch),
             log_is_terminal=self.terminal is not None,
+            virtio_1=system.knows_virtio_1,
         )
         self.record.guest["disk_bus"] = without.disk_bus
         if boots_by != "uefi":

@@ -222,7 +222,10 @@ SYSTEMS = {
         ("rhel", "8.10", "systemd"),
     ),
     "rhel9-xfs": System(
-        plain("xfs"), rhel("9.4", "UUID=0 / xfs defaults 0 0\n"), ("rhel", "9.4", "systemd")
+        plain("xfs"),
+        # As virt-customize and its like leave it.
+        {**rhel("9.4", "UUID=0 / xfs defaults 0 0\n"), ".autorelabel": ""},
+        ("rhel", "9.4", "systemd"),
     ),
     "rhel10-lvm-xfs": System(
         lvm(("root", "/", 700), ("home", "/home", 400)),

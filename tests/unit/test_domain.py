@@ -278,9 +278,25 @@ def test_the_cpu_model_under_tcg_runs_the_guests_binaries(
     assert tcg_cpu_model(os_id, version_id) == model
 
 
+def test_a_guest_from_before_virtio_1_gets_a_machine_without_pci_express() -> None:
+    assert domain("tcg", UTILITY, WORKSPACE, virtio_1=False).machine == "pc"
+    assert domain("tcg", UTILITY, WORKSPACE).machine == "q35"
+    assert foreign("tcg", "ppc64le", virtio_1=False).machine == "pseries"
+
+
 def test_without_kvm_an_arch_has_its_own_cpu_model() -> None:
-    for name, model in (("aarch64", "cortex-a57"), ("ppc64le", "power9"), ("s390x", "qemu")):
+    for name, model in (("aarch64", "cortex-a57"), ("ppc64le", "POWER9"), ("s390x", "qemu")):
         assert tcg_cpu_model("rhel", "9.4", ARCHES[name]) == model
+
+
+@pytest.mark.parametrize("arch", ["x86_64", "ppc64le"])
+def test_libvirt_has_the_cpu_models_by_these_very_names(
+    arch: str, libvirt_test_driver: Any
+) -> None:
+    """Of the other two arches libvirt has none of its own and takes qemu's."""
+    versions = [("debian", "12"), ("rhel", "9.4"), ("rhel", "10.0")]
+    models = {tcg_cpu_model(*version, ARCHES[arch]) for version in versions}
+    assert models <= set(libvirt_test_driver.getCPUModelNames(arch))
 
 
 VIRTIO = {"virtio_blk", "virtio_console"}

@@ -8,6 +8,7 @@ would touch the machine (power off, modprobe, sync) is taken out.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -26,6 +27,7 @@ import pytest
 from fakeguest import FakeGuest
 
 from koji_indirection import guest
+from koji_indirection.arches import ARCHES
 from koji_indirection.errors import BuildFailed
 from koji_indirection.guestjob import GuestFile, GuestJob, Terminal, job_files
 from koji_indirection.initsystem import Start
@@ -94,6 +96,15 @@ def test_a_shell_is_told_of_its_terminal_and_a_job_of_none() -> None:
     without = job_files(GuestJob(commands))
     assert b"SHELL_TTY" not in without["etc/koji-indirection/settings"][0]
     assert "etc/koji-indirection/shell" not in without
+
+
+def test_a_shells_terminal_is_not_the_serial_port_of_power() -> None:
+    for arch, tty in (("x86_64", "/dev/hvc0"), ("ppc64le", "/dev/hvc1"), ("s390x", "/dev/hvc0")):
+        job = dataclasses.replace(
+            JOB, terminal=Terminal("xterm", 30, 100), shell_tty=ARCHES[arch].virtio_console
+        )
+        settings = job_files(job)["etc/koji-indirection/settings"][0].decode()
+        assert f"SHELL_TTY={tty}" in settings.splitlines()
 
 
 def test_the_whole_tree_is_the_job_and_what_starts_it() -> None:
@@ -190,6 +201,27 @@ def test_a_guest_that_enforces_selinux_boots_permissive(
     assert tree(files.archive).get("etc/selinux/config") == (
         None if written is None else (0o644, written)
     )
+
+
+@pytest.mark.parametrize(
+    ("releases", "known"),
+    [
+        (["6.1.0-13-cloud-amd64"], True),
+        (["4.0.0"], True),
+        (["3.16.0-4-amd64"], False),
+        (["2.6.32-754.el6.x86_64"], False),
+        (["3.10.0-229.el7.x86_64"], False),
+        (["3.10.0-327.el7.x86_64"], True),
+        (["3.10.0-1160.el7.x86_64"], True),
+        (["3.16.0-4-amd64", "4.9.0-9-amd64"], True),
+        ([], True),
+    ],
+)
+def test_the_age_of_the_kernels_says_whether_they_know_virtio_1(
+    tmp_path: Path, releases: list[str], known: bool
+) -> None:
+    kernels = {f"/lib/modules/{release}/modules.dep": "" for release in releases}
+    assert inject(FakeGuest({**DEBIAN, **kernels}), tmp_path).knows_virtio_1 == known
 
 
 def test_a_guest_that_would_relabel_its_files_and_reboot_does_not(tmp_path: Path) -> None:

@@ -253,12 +253,6 @@ def test_packages_are_installed_in_one_call_each_an_argument(kind: str, guest: G
     assert any(word in last_call(guest).split() for word in ("-y", "--non-interactive"))
 
 
-def test_yum_does_not_pass_over_what_it_cannot_find(guest: Guest) -> None:
-    guest.manager("yum")
-    guest.run("packages", job(network="user", packages=[Package("p")]))
-    assert last_call(guest) == "yum -y install --setopt=skip_missing_names_on_install=0 p"
-
-
 NOWHERE = {
     "dnf": "No match for argument: nope\nError: Unable to find a match: nope no-pe",
     "dnf5": "Failed to resolve the transaction:\nNo match for argument: nope",
@@ -276,6 +270,17 @@ def test_a_package_that_is_nowhere_is_named(kind: str, guest: Guest) -> None:
     ended = guest.run("packages", job(network="user", packages=[Package(name) for name in names]))
     assert ended.status == 1
     assert ended.reason == "no repository of the guest's has package 'nope'"
+
+
+@pytest.mark.parametrize("kind", ["yum", "dnf", "dnf5"])
+def test_an_installation_of_what_was_found_is_no_success(kind: str, guest: Guest) -> None:
+    said = f"{NOWHERE[kind].splitlines()[-1]}\n{NOWHERE[kind].splitlines()[0]}\nComplete!"
+    said += "\nWarning: Group Tools & more does not exist."
+    guest.manager(kind, f"cat <<'END'\n{said}\nEND")
+    names = ("lorax", "nope", "@Tools & more")
+    ended = guest.run("packages", job(network="user", packages=[Package(name) for name in names]))
+    assert ended.status == 1
+    assert ended.reason == "no repository of the guest's has package 'nope', '@Tools & more'"
 
 
 def test_two_packages_that_are_nowhere_are_both_named(guest: Guest) -> None:

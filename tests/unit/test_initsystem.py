@@ -21,8 +21,11 @@ BUSYBOX = {"/sbin/init": "-> /bin/busybox", "/bin/busybox": ""}
 MASKED = [
     "NetworkManager-wait-online.service",
     "systemd-networkd-wait-online.service",
+    "systemd-networkd-wait-online@.service",
     "ifupdown-wait-online.service",
     "systemd-time-wait-sync.service",
+    "chrony-wait.service",
+    "ntp-wait.service",
     "systemd-firstboot.service",
     "systemd-homed-firstboot.service",
     "initial-setup.service",
