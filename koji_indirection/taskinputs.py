@@ -1,7 +1,7 @@
 """What a task builds from: its template, and both images of each arch, found but not yet fetched.
 
-The checkout of a template is not trusted, nor is what one task tells another of its inputs
-after the hub has kept it: a checksum says whether it is the same.
+Whoever may push can fill a checkout: a template's path must never lead out of it. A subtask must
+never build from another template than the one that its parent has read.
 """
 
 from __future__ import annotations
