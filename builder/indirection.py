@@ -167,7 +167,7 @@ class IndirectionBuildTask(_Task):
         with self._failing(build):
             settings = None if complete else self._settings(spec, self._only_arch())
             target = kojibuild.check_target(self.session, spec)
-            inputs = None if complete else self._inputs(spec, target, settings)
+            inputs, no_image = (None, {}) if complete else self._inputs(spec, target, settings)
         if complete:
             _, entries = handover.handed_over(daemon) or (None, None)
         else:
@@ -175,7 +175,7 @@ class IndirectionBuildTask(_Task):
                 with self._failing(None):
                     build = kojibuild.init_build(self.session, self.id, spec, inputs)
             with self._failing(build):
-                entries = self._entries(spec, _nvr(build), inputs, settings)
+                entries = self._entries(spec, _nvr(build), inputs, no_image, settings)
                 handover.complete_build(daemon, build, entries)
         if entries is not None:
             self._record_inputs(build, entries)
@@ -192,14 +192,14 @@ class IndirectionBuildTask(_Task):
         else:
             settings = self._settings(spec, self._only_arch())
             target = kojibuild.check_target(self.session, spec)
-            inputs = self._inputs(spec, target, settings)
+            inputs, no_image = self._inputs(spec, target, settings)
             nvr = f"{spec.name}-{spec.version}-{kojibuild.release_of(self.session, spec)}"
-            entries = self._entries(spec, nvr, inputs, settings)
+            entries = self._entries(spec, nvr, inputs, no_image, settings)
             files = handover.move_to_scratch(daemon, nvr, entries)
         return {"nvr": nvr, "files": files, "task_id": self.id}
 
     def _inputs(self, spec, target, settings):
-        inputs = taskinputs.find_inputs(self._daemon(spec), spec, target, settings)
+        inputs, no_image = taskinputs.find_inputs(self._daemon(spec), spec, target, settings)
         types = kojibuild.ArchiveTypes(self.session)
         for arch in spec.arches:
             types.check_patterns(spec.build_for(arch).results)
@@ -207,19 +207,21 @@ class IndirectionBuildTask(_Task):
         if arch is not None:
             with _refusals():
                 taskrun.require_space(inputs[arch].input_image, settings)
-        return inputs
+        return inputs, no_image
 
-    def _entries(self, spec, nvr, inputs, settings):
+    def _entries(self, spec, nvr, inputs, no_image, settings):
         """What build_arch() gave for each arch; of one that could fail maybe a fault."""
         arch = self._only_arch()
         if arch:
             return [
                 kojibuild.build_arch(self._daemon(spec), spec, arch, nvr, inputs[arch], settings)
             ]
+        pinned = {arch: one.pinned() for arch, one in inputs.items()}
+        pinned.update((arch, taskinputs.without_image(why)) for arch, why in no_image.items())
         tasks = {
             arch: self.session.host.subtask(
                 method="indirectionBuildArch",
-                arglist=[spec.to_dict(), arch, nvr, inputs[arch].pinned()],
+                arglist=[spec.to_dict(), arch, nvr, pinned[arch]],
                 label=arch,
                 parent=self.id,
                 arch=arch,

@@ -1,7 +1,7 @@
 """What a task builds from: its template, and both images of each arch, found but not yet fetched.
 
-The checkout of a template is not trusted, nor is what one task tells another of its inputs
-after the hub has kept it: a checksum says whether it is the same.
+Whoever may push can fill a checkout: a template's path must never lead out of it. A subtask must
+never build from another template than the one that its parent has read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from . import cache, imagefetch, sources, template
 from .address import has_credentials
 from .config import Settings
-from .errors import BuilderFault, BuildFailed
+from .errors import BuilderFault, BuildFailed, UsageError
 from .manifest import KojiRecord, Origin
 from .spec import BuildSpec
 from .taskrun import Daemon, canonical
@@ -126,8 +126,11 @@ def build_extra(spec: TaskSpec, inputs: Mapping[str, Inputs]) -> dict[str, Any]:
 
 def find_inputs(
     daemon: Daemon, spec: TaskSpec, target: Mapping[str, Any], settings: Settings
-) -> dict[str, Inputs]:
+) -> tuple[dict[str, Inputs], dict[str, str]]:
     """Get the template, once, and resolve both images for each arch.
+
+    An arch that can fail, and has no image, is in the second dict, with the reason; at least one
+    arch is in the first.
 
     target -- as check_target() gives it.
     Raises what template and sources raise, and BuildFailed where the build tag has no repository.
@@ -147,23 +150,46 @@ def find_inputs(
             role=role,
         )
 
-    return {
-        arch: Inputs(
-            template=parsed,
-            template_text=text,
-            template_source=source,
-            input_image=resolved(spec.input_image, arch, spec.input_archive, "input image"),
-            utility_image=resolved(spec.utility_image, arch, spec.utility_archive, "utility image"),
-            tag_repo=tag_repo,
-        )
-        for arch in spec.arches
-    }
+    found: dict[str, Inputs] = {}
+    no_image: dict[str, BuildFailed | UsageError] = {}
+    for arch in spec.arches:
+        try:
+            found[arch] = Inputs(
+                template=parsed,
+                template_text=text,
+                template_source=source,
+                input_image=resolved(spec.input_image, arch, spec.input_archive, "input image"),
+                utility_image=resolved(
+                    spec.utility_image, arch, spec.utility_archive, "utility image"
+                ),
+                tag_repo=tag_repo,
+            )
+        except (BuildFailed, UsageError) as error:
+            if arch not in spec.can_fail:
+                raise
+            no_image[arch] = error
+    if not found:
+        raise next(iter(no_image.values()))
+    return found, {arch: str(error) for arch, error in no_image.items()}
+
+
+_NO_IMAGE = "no_image"
+
+
+def without_image(reason: str) -> dict[str, Any]:
+    """In place of Inputs.pinned(): the subtask of an arch that can fail fails, and says why."""
+    return {_NO_IMAGE: reason}
 
 
 def pinned_inputs(
     daemon: Daemon, spec: TaskSpec, pinned: Mapping[str, Any], settings: Settings
 ) -> Inputs:
-    """What the parent task has found, whatever a branch or a tag holds by now."""
+    """What the parent task has found, whatever a branch or a tag holds by now.
+
+    Raises BuildFailed where it has found none, see without_image().
+    """
+    if _NO_IMAGE in pinned:
+        raise BuildFailed(pinned[_NO_IMAGE])
     scm = pinned["template_source"] if spec.template_scm is not None else None
     path, source = _fetch_template(daemon, spec, scm, settings)
     parsed = template.load(path)

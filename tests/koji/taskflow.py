@@ -34,8 +34,8 @@ from koji.plugin import export
 
 @export
 def makeIndirectionTask(spec):
-    request = [spec, spec["target"], {}]
-    return kojihub.kojihub.make_task("indirectionBuild", request, channel="image")
+    arguments = [spec, spec["target"], {"scratch": spec["scratch"]}]
+    return kojihub.kojihub.make_task("indirectionBuild", arguments, channel="image")
 """
 Submit = Callable[..., int]
 _numbers = itertools.count(1)

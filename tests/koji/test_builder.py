@@ -117,6 +117,20 @@ def test_an_arch_that_fails_fails_the_build_unless_it_may(
         assert "the result /results/other.iso is missing" in fault_of(koji, task_id)
 
 
+def test_an_arch_without_an_image_fails_alone_where_it_may(koji: AnyKoji, submit: Submit) -> None:
+    task_id = submit(
+        MAKE_ISO,
+        arches=["x86_64", "i686"],
+        can_fail=["i686"],
+        input_archive="tiny.x86_64.*",
+    )
+    koji.wait_task(task_id, 400)
+    assert state_of(koji, task_id) == ("CLOSED", "COMPLETE"), fault_of(koji, task_id)
+    children = koji.anonymous_session().getTaskChildren(task_id)
+    (failed,) = (one["id"] for one in children if one["label"] == "i686")
+    assert "there is no image for i686, only for x86_64" in fault_of(koji, failed)
+
+
 def test_a_scratch_build_leaves_its_files_and_no_build(koji: AnyKoji, submit: Submit) -> None:
     task_id = submit(
         f"{MAKE_ISO} && echo {{}} >results/images/list.json",

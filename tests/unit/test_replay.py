@@ -15,7 +15,7 @@ from koji_indirection.errors import BuildFailed, UsageError
 from koji_indirection.localrun import Here, Hub
 from koji_indirection.replay import ReplayRequest, order_of, request_from
 from koji_indirection.spec import BuildSpec
-from koji_indirection.taskinputs import Inputs
+from koji_indirection.taskinputs import Inputs, without_image
 from koji_indirection.units import GIB
 
 koji = pytest.importorskip("koji", reason="the library koji is not installed")
@@ -249,6 +249,16 @@ def test_a_subtask_and_its_parent_have_what_the_subtask_was_told(
     assert found.template_source == "template.log of task 6"
     with pytest.raises(UsageError, match=r"task 6 is for x86_64, not for aarch64 \(.* task 5"):
         inputs(hub, tmp_path, task_id=6, arch="aarch64")
+
+
+def test_a_subtask_that_was_told_of_no_image_is_replayed_from_its_references(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    told = [SPEC, "x86_64", "live-1-1", without_image("there was no image for x86_64")]
+    hub.add_task(6, method="indirectionBuildArch", request=told)
+    hub.files[6] = {"template.log": TEXT}
+    found = inputs(hub, tmp_path, task_id=6)
+    assert (found.input_image.nvr, found.utility_image.task_id) == ("in-1-1", 70)
 
 
 def test_a_task_with_a_build_has_what_the_build_says(hub: FakeHub, tmp_path: Path) -> None:

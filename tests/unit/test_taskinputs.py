@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from taskparts import DAEMON, Hub, inputs, source, spec
 
 from koji_indirection import sources, taskinputs
+from koji_indirection.config import Settings
 from koji_indirection.errors import BuilderFault, BuildFailed
 from koji_indirection.taskspec import check_provenance
 
@@ -19,6 +22,37 @@ def test_what_the_hub_is_told_of_inputs_is_what_its_schema_takes() -> None:
     extra = taskinputs.build_extra(spec(), {"x86_64": one})["indirection"]
     assert extra["template_commit"] == "0123abc"
     assert [image["role"] for image in extra["inputs"]] == ["utility image", "input image"]
+
+
+def test_an_arch_that_can_fail_may_have_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "live.tdl"
+    path.write_bytes(inputs().template_text)
+    daemon = dataclasses.replace(
+        DAEMON, work_dir=tmp_path / "task", checkout=lambda url, directory: (tmp_path, url)
+    )
+
+    def resolve(session: Any, reference: Any, arch: str, **_: Any) -> sources.Source:
+        if arch == "s390x":
+            raise BuildFailed(f"there is no image for {arch}")
+        return source(arch=arch)
+
+    monkeypatch.setattr(sources, "resolve", resolve)
+
+    def find(**fields: Any) -> Any:
+        shutil.rmtree(daemon.work_dir, ignore_errors=True)
+        return taskinputs.find_inputs(daemon, spec(**fields), {}, Settings())
+
+    found, no_image = find(arches=["x86_64", "s390x"], can_fail=["s390x"])
+    assert set(found) == {"x86_64"}
+    assert no_image == {"s390x": "there is no image for s390x"}
+    told = taskinputs.without_image(no_image["s390x"])
+    with pytest.raises(BuildFailed, match="there is no image for s390x"):
+        taskinputs.pinned_inputs(daemon, spec(), told, Settings())
+    for fields in ({"arches": ["x86_64", "s390x"]}, {"arches": ["s390x"], "can_fail": ["s390x"]}):
+        with pytest.raises(BuildFailed, match="there is no image for s390x"):
+            find(**fields)
 
 
 def test_pinned_inputs_survive_the_wire() -> None:
