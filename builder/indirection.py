@@ -282,12 +282,14 @@ class IndirectionBuildArchTask(_Task):
     _taskWeight = WEIGHT
 
     def checkHost(self, hostdata):
-        return bool(MISSING) or self._suits(self.params[1], hostdata)
+        _, arch, _, pinned = self.params
+        return bool(MISSING) or not taskinputs.has_image(pinned) or self._suits(arch, hostdata)
 
     def handler(self, spec, arch, nvr, pinned):
         if MISSING:
             raise koji.GenericError(MISSING)
         with _told_to_koji(), taskrun.interrupted_once():
+            taskinputs.require_image(pinned)  # before any host is asked for what it would need
             spec = TaskSpec.from_dict(spec)
             daemon, settings = self._daemon(spec), self._settings(spec, arch)
             inputs = taskinputs.pinned_inputs(daemon, spec, pinned, settings)

@@ -181,15 +181,21 @@ def without_image(reason: str) -> dict[str, Any]:
     return {_NO_IMAGE: reason}
 
 
+def has_image(pinned: Mapping[str, Any]) -> bool:
+    """Whether a subtask has been told what to build from; else it can only fail, on any host."""
+    return _NO_IMAGE not in pinned
+
+
+def require_image(pinned: Mapping[str, Any]) -> None:
+    """Raise BuildFailed, with the parent task's reason, in a subtask that has no image."""
+    if not has_image(pinned):
+        raise BuildFailed(pinned[_NO_IMAGE])
+
+
 def pinned_inputs(
     daemon: Daemon, spec: TaskSpec, pinned: Mapping[str, Any], settings: Settings
 ) -> Inputs:
-    """What the parent task has found, whatever a branch or a tag holds by now.
-
-    Raises BuildFailed where it has found none, see without_image().
-    """
-    if _NO_IMAGE in pinned:
-        raise BuildFailed(pinned[_NO_IMAGE])
+    """What the parent task has found, whatever a branch or a tag holds by now."""
     scm = pinned["template_source"] if spec.template_scm is not None else None
     path, source = _fetch_template(daemon, spec, scm, settings)
     parsed = template.load(path)

@@ -11,11 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from taskparts import Hub, spec
+from taskparts import Hub, inputs, spec
 
 from koji_indirection import sweep
 from koji_indirection.errors import BuilderFault
+from koji_indirection.taskinputs import without_image
 from koji_indirection.taskrun import Unsuitable
+
+koji = pytest.importorskip("koji", reason="the library koji is not installed")
+pytest.importorskip("koji.tasks")
 
 PLUGIN = Path(__file__).parents[2] / "builder" / "indirection.py"
 RUN_TASK = """
@@ -46,7 +50,6 @@ except koji.GenericError as error:
 def test_the_plugin_loads_without_what_it_needs_and_says_so_when_a_task_comes(
     missing: list[str], reason: str
 ) -> None:
-    pytest.importorskip("koji")
     argv = [sys.executable, "-c", RUN_TASK, str(PLUGIN), *missing]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -60,12 +63,24 @@ def conf(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def new_kojid(monkeypatch: pytest.MonkeyPatch, conf: Path) -> Any:
+    """The plugin in a kojid since 1.34, in which a task that runs can be refused."""
+    monkeypatch.setattr(
+        koji.tasks, "RefuseTask", type("RefuseTask", (Exception,), {}), raising=False
+    )
+    return _plugin(monkeypatch, conf)
+
+
+@pytest.fixture
 def old_kojid(monkeypatch: pytest.MonkeyPatch, conf: Path) -> Any:
-    """The plugin in a kojid before 1.34, in which a task that runs cannot be refused."""
-    tasks = pytest.importorskip("koji.tasks")
-    monkeypatch.delattr(tasks, "RefuseTask", raising=False)
+    """The plugin in a kojid before 1.34, in which it cannot."""
+    monkeypatch.delattr(koji.tasks, "RefuseTask", raising=False)
+    return _plugin(monkeypatch, conf)
+
+
+def _plugin(monkeypatch: pytest.MonkeyPatch, conf: Path) -> Any:
     monkeypatch.setattr(sweep, "start", lambda config, logger: None)
-    description = importlib.util.spec_from_file_location("old_kojids_plugin", PLUGIN)
+    description = importlib.util.spec_from_file_location("kojids_plugin", PLUGIN)
     assert description is not None
     assert description.loader is not None
     plugin: Any = importlib.util.module_from_spec(description)
@@ -109,3 +124,25 @@ def test_in_an_old_kojid_a_host_that_turns_out_to_be_unsuitable_is_a_fault(old_k
     ):
         raise Unsuitable("no space")
     assert failed == [3]
+
+
+@pytest.mark.parametrize("kojid", ["old_kojid", "new_kojid"])
+def test_an_arch_without_an_image_fails_with_that_reason_on_a_host_that_would_not_suit(
+    request: pytest.FixtureRequest, conf: Path, tmp_path: Path, kojid: str
+) -> None:
+    plugin = request.getfixturevalue(kojid)
+    conf.write_text("[indirection]\naccel = tcg\n")
+    wanted = spec(build={"network": "lan"}).to_dict()
+    options = SimpleNamespace(workdir=str(tmp_path))
+
+    def task(pinned: dict[str, Any]) -> Any:
+        params = [wanted, "x86_64", "live-1-1", pinned]
+        return plugin.IndirectionBuildArchTask(6, "indirectionBuildArch", params, Hub(), options)
+
+    lost = task(without_image("there is no image for x86_64"))
+    assert lost.checkHost({"arches": "x86_64"})
+    with pytest.raises(koji.BuildError, match="build failed: there is no image for x86_64"):
+        lost.handler(*lost.params)
+    other = task(inputs().pinned())
+    with pytest.raises(plugin.RefuseTask or koji.GenericError, match="asks for the network lan"):
+        other.handler(*other.params)
