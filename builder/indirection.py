@@ -217,7 +217,8 @@ class IndirectionBuildTask(_Task):
                 kojibuild.build_arch(self._daemon(spec), spec, arch, nvr, inputs[arch], settings)
             ]
         pinned = {arch: one.pinned() for arch, one in inputs.items()}
-        pinned.update((arch, taskinputs.without_image(why)) for arch, why in no_image.items())
+        found = next(iter(inputs.values()))
+        pinned.update((arch, found.without_image(why)) for arch, why in no_image.items())
         tasks = {
             arch: self.session.host.subtask(
                 method="indirectionBuildArch",

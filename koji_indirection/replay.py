@@ -197,9 +197,8 @@ def _read_subtask(session: Any, info: Mapping[str, Any], wanted: str | None) -> 
 
 def _pinned(pinned: Mapping[str, Any]) -> _Record:
     """What the parent has told a subtask, see taskinputs.Inputs.pinned() and without_image()."""
-    if "template_source" not in pinned:
-        return _Record()
-    images = {role: pinned[role.replace(" ", "_")] for role in INPUT_ROLES}
+    keys = {role: role.replace(" ", "_") for role in INPUT_ROLES}
+    images = {role: pinned[key] for role, key in keys.items() if key in pinned}
     commit = str(pinned["template_source"]).partition("#")[2]
     return _Record(images, pinned["template_sha256"], commit or None)
 

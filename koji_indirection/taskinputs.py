@@ -28,6 +28,8 @@ from .template import Template
 
 log = logging.getLogger(__name__)
 
+_NO_IMAGE = "no_image"
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -71,11 +73,23 @@ class Inputs:
     def pinned(self) -> dict[str, Any]:
         """What another host needs to build from exactly this; plain data, see pinned_inputs()."""
         return {
-            "template_source": self.template_source,
-            "template_sha256": self.template.sha256,
+            **self._pinned_template(),
             "tag_repo": self.tag_repo,
             "input_image": dataclasses.asdict(self.input_image),
             "utility_image": dataclasses.asdict(self.utility_image),
+        }
+
+    def without_image(self, reason: str) -> dict[str, Any]:
+        """In place of pinned(), for another arch that can fail, and whose subtask only says why.
+
+        It has the same template, which a replay of that subtask builds with.
+        """
+        return {_NO_IMAGE: reason, **self._pinned_template()}
+
+    def _pinned_template(self) -> dict[str, str]:
+        return {
+            "template_source": self.template_source,
+            "template_sha256": self.template.sha256,
         }
 
 
@@ -171,14 +185,6 @@ def find_inputs(
     if not found:
         raise next(iter(no_image.values()))
     return found, {arch: str(error) for arch, error in no_image.items()}
-
-
-_NO_IMAGE = "no_image"
-
-
-def without_image(reason: str) -> dict[str, Any]:
-    """In place of Inputs.pinned(): the subtask of an arch that can fail fails, and says why."""
-    return {_NO_IMAGE: reason}
 
 
 def has_image(pinned: Mapping[str, Any]) -> bool:

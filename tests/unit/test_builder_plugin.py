@@ -15,7 +15,6 @@ from taskparts import Hub, inputs, spec
 
 from koji_indirection import sweep
 from koji_indirection.errors import BuilderFault
-from koji_indirection.taskinputs import without_image
 from koji_indirection.taskrun import Unsuitable
 
 koji = pytest.importorskip("koji", reason="the library koji is not installed")
@@ -139,7 +138,7 @@ def test_an_arch_without_an_image_fails_with_that_reason_on_a_host_that_would_no
         params = [wanted, "x86_64", "live-1-1", pinned]
         return plugin.IndirectionBuildArchTask(6, "indirectionBuildArch", params, Hub(), options)
 
-    lost = task(without_image("there is no image for x86_64"))
+    lost = task(inputs().without_image("there is no image for x86_64"))
     assert lost.checkHost({"arches": "x86_64"})
     with pytest.raises(koji.BuildError, match="build failed: there is no image for x86_64"):
         lost.handler(*lost.params)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import taskparts
 
-from koji_indirection import replay
+from koji_indirection import replay, template
 from koji_indirection.config import Settings
 from koji_indirection.errors import BuildFailed, UsageError
 from koji_indirection.localrun import Here, Hub
 from koji_indirection.replay import ReplayRequest, order_of, request_from
 from koji_indirection.spec import BuildSpec
-from koji_indirection.taskinputs import Inputs, without_image
+from koji_indirection.taskinputs import Inputs
 from koji_indirection.units import GIB
 
 koji = pytest.importorskip("koji", reason="the library koji is not installed")
@@ -251,14 +252,27 @@ def test_a_subtask_and_its_parent_have_what_the_subtask_was_told(
         inputs(hub, tmp_path, task_id=6, arch="aarch64")
 
 
-def test_a_subtask_that_was_told_of_no_image_is_replayed_from_its_references(
-    hub: FakeHub, tmp_path: Path
+def test_a_subtask_that_was_told_of_no_image_is_replayed_from_its_references_and_that_template(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = [SPEC, "x86_64", "live-1-1", without_image("there was no image for x86_64")]
-    hub.add_task(6, method="indirectionBuildArch", request=told)
-    hub.files[6] = {"template.log": TEXT}
+    asked = []
+
+    def template_in(url: str, name: str, directory: Path) -> tuple[bytes, str]:
+        asked.append(url)
+        return TEXT, url
+
+    monkeypatch.setattr(replay, "template_in", template_in)
+    commit = SCM.replace("main", "cafe")
+    parsed = template.parse(TEXT, source="live.tdl")
+    of_another_arch = taskparts.inputs(template=parsed, template_source=commit)
+    told = of_another_arch.without_image("there was no image for x86_64")
+    hub.add_task(6, method="indirectionBuildArch", request=[SPEC, "x86_64", "live-1-1", told])
     found = inputs(hub, tmp_path, task_id=6)
     assert (found.input_image.nvr, found.utility_image.task_id) == ("in-1-1", 70)
+    assert asked == [commit]
+    told["template_sha256"] = "0" * 64
+    with pytest.raises(BuildFailed, match="is not the one any more that the task has used"):
+        inputs(hub, tmp_path, task_id=6)
 
 
 def test_a_task_with_a_build_has_what_the_build_says(hub: FakeHub, tmp_path: Path) -> None:
