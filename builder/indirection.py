@@ -58,7 +58,10 @@ class _Task(koji.tasks.BaseTaskHandler):
             self._run_directory.remove()
 
     def _suits(self, arch, hostdata):
-        """A False is for good; what may change is asked in handler(), whose refusals are not."""
+        """A False is for good since Koji 1.34: what may change is asked in handler() there.
+
+        Before 1.34 the task is offered again, and handler() could not refuse it.
+        """
         if not taskrun.runs_here(arch, hostdata["arches"].split()):
             return False
         return RefuseTask is not None or not self._lacks_something(arch)

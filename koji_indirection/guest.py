@@ -84,7 +84,11 @@ def inject(appliance: Appliance, job: GuestJob, *, tmp_dir: Path) -> GuestSystem
     for path in start.removed:
         appliance.call("rm", f"/{path}")
     if appliance.call("is_file", _RELABEL_MARK):
-        log.info("utility image: it is not relabelled at boot, as %s says: removed", _RELABEL_MARK)
+        log.info(
+            "utility image: %s removed: with it the guest would relabel its files and reboot"
+            " before the job",
+            _RELABEL_MARK,
+        )
         appliance.call("rm", _RELABEL_MARK)
     for old, new in start.moved.items():
         appliance.call("mv", f"/{old}", f"/{new}")

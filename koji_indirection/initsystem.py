@@ -57,7 +57,8 @@ _MASKED_UNITS = (
     "cloud-final.service",
     "kdump.service",  # builds an initramfs at the first boot
     "snapd.seeded.service",
-    "serial-getty@hvc0.service",  # where there is such a console, it is the shell's
+    # hvc0 is the terminal of `shell`; on ppc64le it is the serial port, and nobody logs in there.
+    "serial-getty@hvc0.service",
     # apt-get does not wait for whoever else fetches indexes.
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
