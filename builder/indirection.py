@@ -18,7 +18,7 @@ import koji.daemon
 import koji.tasks
 
 try:
-    from koji_indirection import handover, kojibuild, sweep, taskinputs, taskrun
+    from koji_indirection import handover, hubcalls, kojibuild, sweep, taskinputs, taskrun
     from koji_indirection.errors import BuilderFault, IndirectionError
     from koji_indirection.taskspec import TaskSpec
 
@@ -165,7 +165,7 @@ class IndirectionBuildTask(_Task):
 
     def _tagged(self, spec):
         build = kojibuild.own_build(self.session, self.id)
-        complete = build is not None and build["state"] == handover.COMPLETE
+        complete = build is not None and build["state"] == hubcalls.COMPLETE
         daemon = self._daemon(spec)
         with self._failing(build):
             settings = None if complete else self._settings(spec, self._only_arch())

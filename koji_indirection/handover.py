@@ -17,13 +17,9 @@ from typing import Any
 
 from . import hubcalls
 from .errors import BuilderFault, BuildFailed
-from .taskrun import LOST, Daemon
+from .taskrun import Daemon
 
 log = logging.getLogger(__name__)
-
-# koji.BUILD_STATES
-BUILDING = 0
-COMPLETE = 1
 
 HANDOVER = "handover.json"
 
@@ -67,7 +63,7 @@ def _refusal_of_upload(daemon: Daemon, path: Path, name: str) -> str | None:
         daemon.upload(path, name)
     except Exception as error:
         code = getattr(error, "faultCode", None)
-        if code is None or code in LOST:
+        if code is None or code in hubcalls.LOST:
             raise
         # Of a traceback, the last line says what it was.
         text = str(getattr(error, "faultString", error)).strip() or "?"
@@ -127,7 +123,7 @@ def complete_build(
         daemon.session.host.completeImageBuild(daemon.task_id, build["id"], results)
     except Exception as error:
         # Its answer may have got lost; koji's client then asks again, and the hub refuses that.
-        if daemon.session.getBuild(build["id"])["state"] != COMPLETE:
+        if daemon.session.getBuild(build["id"])["state"] != hubcalls.COMPLETE:
             raise
         log.warning("the build is complete, although the hub said: %s", error)
 

@@ -1,4 +1,4 @@
-"""Calls of the hub: their deadlines, and which are made again when it stumbles.
+"""Calls of the hub: deadlines, which are made again when it stumbles, what its numbers mean.
 
 koji's own client repeats what got no answer. An answer is final to it, also when all it says
 is that PostgreSQL took this transaction as the victim of a deadlock, or that the hub has had
@@ -31,6 +31,13 @@ _SEQUENCE_ERROR = 1008  # the hub has had a call with a higher number, and has n
 # More than one session makes of calls.
 _NUMBERS_AHEAD = 1_000_000
 RETRY_ERROR = 1009  # the hub has done this very call before, and will not do it again
+# AuthError, ActionNotAllowed, AuthLockError, AuthExpired: the hub says that a task is not ours any
+# more; koji's client has renewed by then what can be renewed.
+LOST = (1002, 1004, 1006, 1007)
+
+# Of koji.BUILD_STATES.
+BUILDING = 0
+COMPLETE = 1
 
 # Calls that only read, or only change the database, in one transaction. Not here, on purpose:
 # completeImageBuild and moveImageBuildToScratch, which move files before they fail and find

@@ -20,11 +20,11 @@ from typing import IO, Any
 from . import hubcalls, output, pipeline, sources
 from .config import Settings
 from .errors import BuildFailed, IndirectionError, UsageError
-from .handover import BUILDING, COMPLETE, upload_verified
+from .handover import upload_verified
 from .manifest import FILE_NAME as MANIFEST
 from .manifest import Manifest
 from .taskinputs import Inputs, build_extra, build_spec, fetched, rpm_list
-from .taskrun import LOST, NOT_OURS, Daemon, canonical, interrupt_main_thread, is_ours
+from .taskrun import NOT_OURS, Daemon, canonical, interrupt_main_thread, is_ours
 from .taskspec import TaskSpec
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def own_build(session: Any, task_id: int) -> dict[str, Any] | None:
     """The build that an earlier run of this very task began, or even completed."""
     builds = session.listBuilds(taskID=task_id)
     for build in builds:
-        if build["state"] in (BUILDING, COMPLETE):
+        if build["state"] in (hubcalls.BUILDING, hubcalls.COMPLETE):
             found = session.getBuild(build["build_id"])
             return dict(found)
     return None
@@ -229,7 +229,7 @@ class LiveLogs:
                 self._upload()
                 complained = False
             except Exception as error:  # noqa: BLE001 - logs are not worth a build
-                ours = ours and getattr(error, "faultCode", None) not in LOST
+                ours = ours and getattr(error, "faultCode", None) not in hubcalls.LOST
                 if ours and not complained:
                     log.warning("logs cannot be uploaded for now: %s", error)
                 complained = True
@@ -325,7 +325,7 @@ def _stop_unless_ours(daemon: Daemon, host_id: int) -> None:
     try:
         ours = is_ours(daemon, host_id)
     except Exception as error:
-        if getattr(error, "faultCode", None) not in LOST:
+        if getattr(error, "faultCode", None) not in hubcalls.LOST:
             raise
         ours = False
     if not ours:

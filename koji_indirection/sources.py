@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .errors import BuilderFault, BuildFailed, UsageError
-from .hubcalls import one_line
+from .hubcalls import BUILDING, COMPLETE, one_line
 
 log = logging.getLogger(__name__)
 
@@ -165,10 +165,9 @@ def resolve(
 
 # --- builds -----------------------------------------------------------------------------------
 
-# koji.BUILD_STATES
-_COMPLETE = 1
+# Of koji.BUILD_STATES: those of a build that is not COMPLETE.
 _BUILD_STATES = {
-    0: ("is still being built", "wait until it is complete"),
+    BUILDING: ("is still being built", "wait until it is complete"),
     2: ("was deleted", "name another build"),
     3: ("failed", "name a build that is complete"),
     4: ("was canceled", "name a build that is complete"),
@@ -182,7 +181,7 @@ def _find_build(session: HubSession, reference: Reference, what: str) -> dict[st
         build = ask(session, "getBuild", key)
         if not build:
             raise UsageError(f"{what}: there is no such build", _HOW_TO_REFER)
-        if build["state"] != _COMPLETE:
+        if build["state"] != COMPLETE:
             state, hint = _BUILD_STATES.get(build["state"], (f"is in state {build['state']}", ""))
             raise BuildFailed(f"{what}: the build {printable(build['nvr'])} {state}", hint)
         return dict(build)

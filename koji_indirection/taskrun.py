@@ -269,9 +269,6 @@ def interrupted_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# AuthError, ActionNotAllowed, AuthLockError, AuthExpired: the hub says that the task is not ours
-# any more; koji's client has renewed by then what can be renewed.
-LOST = (1002, 1004, 1006, 1007)
 NOT_OURS = "the task is no longer ours: it was cancelled or given to another builder"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from taskparts import BUILD, DAEMON, Hub, Refused
 
-from koji_indirection import handover, taskrun
+from koji_indirection import handover, hubcalls, taskrun
 from koji_indirection.errors import BuilderFault, BuildFailed
 
 
@@ -189,9 +189,9 @@ def test_half_of_what_was_handed_over_is_nothing(tmp_path: Path) -> None:
 
 def test_a_build_that_is_complete_is_so_whatever_the_hub_has_answered(tmp_path: Path) -> None:
     host = Host(Refused(1009, "unable to retry call"), Refused(1, "it broke"))
-    daemon = Files().daemon(tmp_path, host=host, getBuild={"state": handover.COMPLETE})
+    daemon = Files().daemon(tmp_path, host=host, getBuild={"state": hubcalls.COMPLETE})
     handover.complete_build(daemon, BUILD, [entry()])
-    building = Files().daemon(tmp_path, host=host, getBuild={"state": handover.BUILDING})
+    building = Files().daemon(tmp_path, host=host, getBuild={"state": hubcalls.BUILDING})
     with pytest.raises(Refused, match="it broke"):
         handover.complete_build(building, BUILD, [entry()])
 
