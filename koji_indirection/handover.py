@@ -1,4 +1,4 @@
-"""What a builder gives the hub at the end: verified uploads, and which files make the build.
+"""What a builder gives the hub: verified uploads, which files make a build, and from what.
 
 The hub compares nothing, and some of its calls cannot be made twice. This must never complete
 a build with files that are not what was collected, or take one for failed that is complete.
@@ -17,7 +17,10 @@ from typing import Any
 
 from . import hubcalls
 from .errors import BuilderFault, BuildFailed
+from .sources import Source
+from .taskinputs import Inputs
 from .taskrun import Daemon
+from .taskspec import TaskSpec
 
 log = logging.getLogger(__name__)
 
@@ -198,3 +201,38 @@ def provenance(
     """
     built = [entry for entry in entries if "task_id" in entry]
     return [image for entry in built for image in entry["inputs"]], built[0]["template"]
+
+
+# --- what a build is made from ----------------------------------------------------------------
+
+
+def build_extra(spec: TaskSpec, inputs: Mapping[str, Inputs]) -> dict[str, Any]:
+    """The build's extra data while it is being built; the hub's plugin writes the same later."""
+    first = next(iter(inputs.values()))
+    record = {
+        "template": spec.template,
+        "utility_image": spec.utility_image,
+        "input_image": spec.input_image,
+        "inputs": [image for arch, one in inputs.items() for image in one.images(arch)],
+        **first.template_record(),
+    }
+    if spec.template_scm is not None:
+        record["template_scm"] = spec.template_scm
+    return {"indirection": record}
+
+
+def rpm_list(session: Any, source: Source) -> list[dict[str, Any]]:
+    """The rpms in an image, as completeImageBuild() wants them; those of external repos too."""
+    if source.archive_id is None:
+        return []
+    rpms = []
+    for rpm in session.listRPMs(imageID=source.archive_id):
+        if rpm.get("draft"):
+            log.warning("%(nvr)s.%(arch)s is of a draft build, and not recorded", rpm)
+            continue
+        names = ("name", "version", "release", "epoch", "arch", "payloadhash", "size", "buildtime")
+        entry = {name: rpm[name] for name in names}
+        if rpm.get("external_repo_id"):
+            entry["location"] = rpm["external_repo_name"]
+        rpms.append(entry)
+    return rpms

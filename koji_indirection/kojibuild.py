@@ -20,10 +20,10 @@ from typing import IO, Any
 from . import hubcalls, output, pipeline, sources
 from .config import Settings
 from .errors import BuildFailed, IndirectionError, UsageError
-from .handover import upload_verified
+from .handover import build_extra, rpm_list, upload_verified
 from .manifest import FILE_NAME as MANIFEST
 from .manifest import Manifest
-from .taskinputs import Inputs, build_extra, build_spec, fetched, rpm_list
+from .taskinputs import Inputs, build_spec, fetched
 from .taskrun import NOT_OURS, Daemon, canonical, interrupt_main_thread, is_ours
 from .taskspec import TaskSpec
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import shutil
 import urllib.parse
 from collections.abc import Mapping
@@ -25,8 +24,6 @@ from .spec import BuildSpec
 from .taskrun import Daemon, canonical
 from .taskspec import TaskSpec
 from .template import Template
-
-log = logging.getLogger(__name__)
 
 _NO_IMAGE = "no_image"
 
@@ -121,21 +118,6 @@ def _source_record(source: sources.Source, arch: str) -> dict[str, Any]:
         "checksum_type": source.checksum_type,
     }
     return {name: value for name, value in record.items() if value is not None}
-
-
-def build_extra(spec: TaskSpec, inputs: Mapping[str, Inputs]) -> dict[str, Any]:
-    """The build's extra data while it is being built; the hub's plugin writes the same later."""
-    first = next(iter(inputs.values()))
-    record = {
-        "template": spec.template,
-        "utility_image": spec.utility_image,
-        "input_image": spec.input_image,
-        "inputs": [image for arch, one in inputs.items() for image in one.images(arch)],
-        **first.template_record(),
-    }
-    if spec.template_scm is not None:
-        record["template_scm"] = spec.template_scm
-    return {"indirection": record}
 
 
 def find_inputs(
@@ -328,20 +310,3 @@ def fetched(
         cache=cache.Cache.of(settings),
         download=settings.download,
     )
-
-
-def rpm_list(session: Any, source: sources.Source) -> list[dict[str, Any]]:
-    """The rpms in an image, as completeImageBuild() wants them; those of external repos too."""
-    if source.archive_id is None:
-        return []
-    rpms = []
-    for rpm in session.listRPMs(imageID=source.archive_id):
-        if rpm.get("draft"):
-            log.warning("%(nvr)s.%(arch)s is of a draft build, and not recorded", rpm)
-            continue
-        names = ("name", "version", "release", "epoch", "arch", "payloadhash", "size", "buildtime")
-        entry = {name: rpm[name] for name in names}
-        if rpm.get("external_repo_id"):
-            entry["location"] = rpm["external_repo_name"]
-        rpms.append(entry)
-    return rpms

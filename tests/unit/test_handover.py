@@ -1,4 +1,4 @@
-"""What the hub is given at the end: compared, made again where that helps, and never lost."""
+"""What the hub is given: compared, made again where that helps, and never lost."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from taskparts import BUILD, DAEMON, Hub, Refused
+from taskparts import BUILD, DAEMON, Hub, Refused, inputs, source, spec
 
 from koji_indirection import handover, hubcalls, taskrun
 from koji_indirection.errors import BuilderFault, BuildFailed
+from koji_indirection.taskspec import check_provenance
 
 
 class Files:
@@ -234,3 +235,27 @@ def test_results_without_an_arch_that_was_built_are_a_failure() -> None:
     assert handover.provenance(entries) == (made_from["inputs"], made_from["template"])
     with pytest.raises(BuildFailed, match="no arch was built: it broke"):
         handover.hub_results([failed])
+
+
+def test_what_the_hub_is_told_of_inputs_is_what_its_schema_takes() -> None:
+    one = inputs()
+    check_provenance(spec(), one.images("x86_64"), one.template_record())
+    extra = handover.build_extra(spec(), {"x86_64": one})["indirection"]
+    assert extra["template_commit"] == "0123abc"
+    assert [image["role"] for image in extra["inputs"]] == ["utility image", "input image"]
+
+
+def test_the_list_of_rpms_has_the_place_of_those_that_koji_did_not_build() -> None:
+    rpm = {
+        **dict.fromkeys(("name", "version", "release", "arch", "payloadhash", "nvr"), "x"),
+        **dict.fromkeys(("epoch", "size", "buildtime"), 1),
+        "draft": False,
+        "external_repo_id": 0,
+        "external_repo_name": "INTERNAL",
+    }
+    external = {**rpm, "external_repo_id": 3, "external_repo_name": "fedora"}
+    hub = Hub(listRPMs=[rpm, external, {**rpm, "draft": True}])
+    listed = handover.rpm_list(hub, source())
+    assert [one.get("location") for one in listed] == [None, "fedora"]
+    assert hub.calls == [("listRPMs", (), {"imageID": 70})]
+    assert handover.rpm_list(hub, source(archive_id=None)) == []

@@ -13,15 +13,6 @@ from taskparts import DAEMON, Hub, inputs, source, spec
 from koji_indirection import sources, taskinputs
 from koji_indirection.config import Settings
 from koji_indirection.errors import BuilderFault, BuildFailed
-from koji_indirection.taskspec import check_provenance
-
-
-def test_what_the_hub_is_told_of_inputs_is_what_its_schema_takes() -> None:
-    one = inputs()
-    check_provenance(spec(), one.images("x86_64"), one.template_record())
-    extra = taskinputs.build_extra(spec(), {"x86_64": one})["indirection"]
-    assert extra["template_commit"] == "0123abc"
-    assert [image["role"] for image in extra["inputs"]] == ["utility image", "input image"]
 
 
 def test_an_arch_that_can_fail_may_have_no_image(
@@ -116,19 +107,3 @@ def test_a_link_in_a_checkout_does_not_lead_out(tmp_path: Path) -> None:
             taskinputs.file_in_checkout(checkout, name)
     with pytest.raises(BuildFailed, match="there is no template none"):
         taskinputs.file_in_checkout(checkout, "none")
-
-
-def test_the_list_of_rpms_has_the_place_of_those_that_koji_did_not_build() -> None:
-    rpm = {
-        **dict.fromkeys(("name", "version", "release", "arch", "payloadhash", "nvr"), "x"),
-        **dict.fromkeys(("epoch", "size", "buildtime"), 1),
-        "draft": False,
-        "external_repo_id": 0,
-        "external_repo_name": "INTERNAL",
-    }
-    external = {**rpm, "external_repo_id": 3, "external_repo_name": "fedora"}
-    hub = Hub(listRPMs=[rpm, external, {**rpm, "draft": True}])
-    listed = taskinputs.rpm_list(hub, source())
-    assert [one.get("location") for one in listed] == [None, "fedora"]
-    assert hub.calls == [("listRPMs", (), {"imageID": 70})]
-    assert taskinputs.rpm_list(hub, source(archive_id=None)) == []
