@@ -128,7 +128,8 @@ class _Task(koji.tasks.BaseTaskHandler):
         log = Path(self.workdir) / "checkout.log"
         # Nobody is there to be asked for a password.
         os.environ["GIT_TERMINAL_PROMPT"] = "0"
-        with taskrun.checkout_deadline(taskrun.task_settings(CONFIG, spec, Path(self.workdir))):
+        settings = taskrun.task_settings(CONFIG, spec, Path(self.workdir))
+        with taskinputs.checkout_deadline(settings):
             checkout = scm.checkout(str(directory), self.session, self.getUploadDir(), str(log))
         return Path(checkout), scm.get_source()["source"]
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import threading
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import cache, imagefetch, sources, template
+from . import cache, imagefetch, programs, sources, template
 from .address import has_credentials
 from .config import Settings
 from .errors import BuilderFault, BuildFailed, UsageError
@@ -255,6 +256,39 @@ def _fetch_template(
     with fetched(daemon, source, settings) as file:
         shutil.copyfile(file, path)
     return path, f"{spec.template_upload}/{spec.template}"
+
+
+@contextlib.contextmanager
+def checkout_deadline(settings: Settings) -> Iterator[None]:
+    """Kill the programs that this process has started when the block takes too long.
+
+    koji.daemon.SCM waits for git for ever. Raises BuilderFault in place of what it raises then.
+    """
+    seconds = settings.download.checkout_timeout_seconds
+    over, done = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        if done.wait(seconds):
+            return
+        over.set()
+        while not done.wait(0.2):  # after one git comes the next
+            programs.kill_descendants()
+
+    thread = threading.Thread(target=watch, name="checkout-deadline", daemon=True)
+    thread.start()
+    try:
+        yield
+    except Exception as error:
+        if not over.is_set():
+            raise
+        raise BuilderFault(
+            f"the template could not be checked out within {seconds:g} s",
+            "see checkout.log, and whether its server is well; checkout_timeout in the"
+            " configuration's [download] allows more",
+        ) from error
+    finally:
+        done.set()
+        thread.join()
 
 
 def uploaded_template(session: Any, spec: TaskSpec) -> sources.Source:

@@ -14,14 +14,13 @@ import platform
 import shutil
 import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
 
-from . import accel, hubcalls, jobdir, programs, sweep
+from . import accel, hubcalls, jobdir, sweep
 from .config import Settings, load_settings, require_within_limits
 from .errors import BuilderFault, UsageError
 from .sources import Source
@@ -213,39 +212,6 @@ def _settings_or_defaults(config: Path) -> Settings:
 
 
 # --- its end ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def checkout_deadline(settings: Settings) -> Iterator[None]:
-    """Kill the programs that this process has started when the block takes too long.
-
-    koji.daemon.SCM waits for git for ever. Raises BuilderFault in place of what it raises then.
-    """
-    seconds = settings.download.checkout_timeout_seconds
-    over, done = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        if done.wait(seconds):
-            return
-        over.set()
-        while not done.wait(0.2):  # after one git comes the next
-            programs.kill_descendants()
-
-    thread = threading.Thread(target=watch, name="checkout-deadline", daemon=True)
-    thread.start()
-    try:
-        yield
-    except Exception as error:
-        if not over.is_set():
-            raise
-        raise BuilderFault(
-            f"the template could not be checked out within {seconds:g} s",
-            "see checkout.log, and whether its server is well; checkout_timeout in the"
-            " configuration's [download] allows more",
-        ) from error
-    finally:
-        done.set()
-        thread.join()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from taskparts import DAEMON, Hub, inputs, source, spec
 
 from koji_indirection import sources, taskinputs
-from koji_indirection.config import Settings
+from koji_indirection.config import Download, Settings
 from koji_indirection.errors import BuilderFault, BuildFailed
 
 
@@ -91,6 +93,27 @@ def test_the_manifest_is_told_where_everything_is_from() -> None:
     assert origin.input_image.checksum_type == "sha256"
     assert origin.utility_image is not None
     assert (origin.utility_image.role, origin.utility_image.task_id) == ("utility image", 9)
+
+
+def test_a_checkout_that_hangs_is_a_fault_and_its_programs_are_killed() -> None:
+    settings = Settings(download=Download(checkout_timeout_seconds=0.3))
+    marker = f"{os.getpid()}1"
+    with (
+        pytest.raises(BuilderFault, match=r"could not be checked out within 0.3 s"),
+        taskinputs.checkout_deadline(settings),
+    ):
+        for _ in range(2):  # as Koji's SCM runs one git after the other
+            subprocess.run(["sh", "-c", f"sleep {marker} & wait"])
+        raise RuntimeError("git was killed")
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [line for line in lines if marker.encode() in line]
+
+
+def test_a_checkout_in_time_is_left_alone() -> None:
+    with taskinputs.checkout_deadline(Settings()):
+        subprocess.run(["true"], check=True)
+    with pytest.raises(RuntimeError, match="own"), taskinputs.checkout_deadline(Settings()):
+        raise RuntimeError("its own reason")
 
 
 def test_a_link_in_a_checkout_does_not_lead_out(tmp_path: Path) -> None:

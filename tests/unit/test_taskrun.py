@@ -6,7 +6,6 @@ import configparser
 import dataclasses
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 from taskparts import source, spec
 
 from koji_indirection import sweep, taskrun
-from koji_indirection.config import _SECTIONS, Download, Settings, load_settings
+from koji_indirection.config import _SECTIONS, Settings, load_settings
 from koji_indirection.errors import BuilderFault, UsageError
 from koji_indirection.taskrun import RunDirectory, Unsuitable
 
@@ -133,24 +132,3 @@ def test_two_signals_interrupt_once_and_the_old_handlers_come_back() -> None:
             ended.append(True)
     assert ended
     assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_checkout_that_hangs_is_a_fault_and_its_programs_are_killed() -> None:
-    settings = Settings(download=Download(checkout_timeout_seconds=0.3))
-    marker = f"{os.getpid()}1"
-    with (
-        pytest.raises(BuilderFault, match=r"could not be checked out within 0.3 s"),
-        taskrun.checkout_deadline(settings),
-    ):
-        for _ in range(2):  # as Koji's SCM runs one git after the other
-            subprocess.run(["sh", "-c", f"sleep {marker} & wait"])
-        raise RuntimeError("git was killed")
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [line for line in lines if marker.encode() in line]
-
-
-def test_a_checkout_in_time_is_left_alone() -> None:
-    with taskrun.checkout_deadline(Settings()):
-        subprocess.run(["true"], check=True)
-    with pytest.raises(RuntimeError, match="own"), taskrun.checkout_deadline(Settings()):
-        raise RuntimeError("its own reason")
