@@ -234,7 +234,7 @@ class IndirectionBuildTask(_Task):
             for arch in spec.arches
         }
         can_fail = [tasks[arch] for arch in spec.can_fail]
-        return kojibuild.wait_for_subtasks(self._daemon(spec), list(tasks.values()), can_fail)
+        return taskrun.wait_for_subtasks(self._daemon(spec), list(tasks.values()), can_fail)
 
     @contextlib.contextmanager
     def _failing(self, build):
@@ -277,7 +277,7 @@ class IndirectionBuildTask(_Task):
             parent=self.id,
             arch="noarch",
         )
-        kojibuild.wait_for_subtasks(daemon, [tag_task])
+        taskrun.wait_for_subtasks(daemon, [tag_task])
 
 
 class IndirectionBuildArchTask(_Task):

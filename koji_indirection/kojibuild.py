@@ -1,4 +1,4 @@
-"""What a Koji builder does around pipeline.build(): build and names, live logs, subtasks.
+"""What a Koji builder does around pipeline.build(): target and names, live logs, uploads.
 
 The plugin lends it the daemon's means (taskrun.Daemon); nothing here imports the daemon. It
 must never leave a VM behind when a task is cancelled, or let an upload delay the guest.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from .handover import build_extra, rpm_list, upload_verified
 from .manifest import FILE_NAME as MANIFEST
 from .manifest import Manifest
 from .taskinputs import Inputs, build_spec, fetched
-from .taskrun import NOT_OURS, Daemon, canonical, interrupt_main_thread, is_ours
+from .taskrun import Daemon, canonical, interrupt_main_thread, is_ours
 from .taskspec import TaskSpec
 
 log = logging.getLogger(__name__)
@@ -282,64 +281,6 @@ class _Phases:
 
     def guest_output(self, data: bytes) -> None:
         """Is in job.log."""
-
-
-# --- subtasks ---------------------------------------------------------------------------------
-
-_SUBTASKS_SECONDS = 5.0
-
-
-def wait_for_subtasks(
-    daemon: Daemon, tasks: Sequence[int], can_fail: Sequence[int] = ()
-) -> list[Any]:
-    """Until all have ended; their results, in their order, of one that can fail maybe a fault.
-
-    The first of the others that fails ends the rest, and its fault is raised. kojid wakes us
-    with SIGUSR2 when a subtask ends. We look without being woken too, and at whether the task
-    still is ours: kojid may have been killed, and nobody would ever wake us, or end us.
-    """
-    session, task_id = daemon.session, daemon.task_id
-    woken, checked = threading.Event(), set(can_fail)
-    before = signal.signal(signal.SIGUSR2, lambda _number, _frame: woken.set())
-    try:
-        host_id = session.host.getID()
-        session.host.taskSetWait(task_id, list(tasks))
-        while True:
-            _stop_unless_ours(daemon, host_id)
-            finished, unfinished = session.host.taskWait(task_id)
-            if not unfinished:
-                break
-            for one in set(finished) - checked:
-                checked.add(one)
-                _require_success(session, task_id, one)
-            woken.wait(_SUBTASKS_SECONDS)
-            woken.clear()
-    finally:
-        signal.signal(signal.SIGUSR2, before)
-    results = session.host.taskWaitResults(task_id, list(tasks), canfail=list(can_fail))
-    by_task = {int(one): result for one, result in results}
-    return [by_task[one] for one in tasks]
-
-
-def _stop_unless_ours(daemon: Daemon, host_id: int) -> None:
-    try:
-        ours = is_ours(daemon, host_id)
-    except Exception as error:
-        if getattr(error, "faultCode", None) not in hubcalls.LOST:
-            raise
-        ours = False
-    if not ours:
-        log.error(NOT_OURS)
-        raise KeyboardInterrupt
-
-
-def _require_success(session: Any, task_id: int, subtask: int) -> None:
-    try:
-        session.getTaskResult(subtask)
-    except Exception as error:
-        if getattr(error, "faultCode", None) is not None:
-            session.cancelTaskChildren(task_id)
-        raise
 
 
 # --- the build of one arch --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""One run of a task on this builder: whether the host suits it, its settings, directory and end.
+"""One run of a task on this builder: does the host suit it, its settings, directory, subtasks, end.
 
 Nothing here imports the daemon: the plugin lends what is needed of it (Daemon). It must never
 remove what another run, of the same task even, is still using.
@@ -14,6 +14,7 @@ import platform
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,64 @@ def _settings_or_defaults(config: Path) -> Settings:
         return Settings()
 
 
+# --- subtasks ---------------------------------------------------------------------------------
+
+_SUBTASKS_SECONDS = 5.0
+
+
+def wait_for_subtasks(
+    daemon: Daemon, tasks: Sequence[int], can_fail: Sequence[int] = ()
+) -> list[Any]:
+    """Until all have ended; their results, in their order, of one that can fail maybe a fault.
+
+    The first of the others that fails ends the rest, and its fault is raised. kojid wakes us
+    with SIGUSR2 when a subtask ends. We look without being woken too, and at whether the task
+    still is ours: kojid may have been killed, and nobody would ever wake us, or end us.
+    """
+    session, task_id = daemon.session, daemon.task_id
+    woken, checked = threading.Event(), set(can_fail)
+    before = signal.signal(signal.SIGUSR2, lambda _number, _frame: woken.set())
+    try:
+        host_id = session.host.getID()
+        session.host.taskSetWait(task_id, list(tasks))
+        while True:
+            _stop_unless_ours(daemon, host_id)
+            finished, unfinished = session.host.taskWait(task_id)
+            if not unfinished:
+                break
+            for one in set(finished) - checked:
+                checked.add(one)
+                _require_success(session, task_id, one)
+            woken.wait(_SUBTASKS_SECONDS)
+            woken.clear()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    results = session.host.taskWaitResults(task_id, list(tasks), canfail=list(can_fail))
+    by_task = {int(one): result for one, result in results}
+    return [by_task[one] for one in tasks]
+
+
+def _stop_unless_ours(daemon: Daemon, host_id: int) -> None:
+    try:
+        ours = is_ours(daemon, host_id)
+    except Exception as error:
+        if getattr(error, "faultCode", None) not in hubcalls.LOST:
+            raise
+        ours = False
+    if not ours:
+        log.error(_NOT_OURS)
+        raise KeyboardInterrupt
+
+
+def _require_success(session: Any, task_id: int, subtask: int) -> None:
+    try:
+        session.getTaskResult(subtask)
+    except Exception as error:
+        if getattr(error, "faultCode", None) is not None:
+            session.cancelTaskChildren(task_id)
+        raise
+
+
 # --- its end ----------------------------------------------------------------------------------
 
 
@@ -235,7 +294,7 @@ def interrupted_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-NOT_OURS = "the task is no longer ours: it was cancelled or given to another builder"
+_NOT_OURS = "the task is no longer ours: it was cancelled or given to another builder"
 
 
 def is_ours(daemon: Daemon, host_id: int) -> bool:
@@ -249,5 +308,5 @@ def is_ours(daemon: Daemon, host_id: int) -> bool:
 
 def interrupt_main_thread() -> None:
     """As kojid does."""
-    log.error(NOT_OURS)
+    log.error(_NOT_OURS)
     os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""One run of a task on a builder: whether the host suits it, its settings, directory and end."""
+"""One run of a task on a builder: does the host suit it, settings, directory, subtasks, end."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import configparser
 import dataclasses
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from taskparts import source, spec
+from taskparts import DAEMON, Refused, source, spec
 
 from koji_indirection import sweep, taskrun
 from koji_indirection.config import _SECTIONS, Settings, load_settings
@@ -132,3 +134,104 @@ def test_two_signals_interrupt_once_and_the_old_handlers_come_back() -> None:
             ended.append(True)
     assert ended
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+class Parent:
+    """A hub that has a task with subtasks, whose states a test sets."""
+
+    def __init__(self, **subtasks: str) -> None:
+        self.subtasks = {int(name[1:]): state for name, state in subtasks.items()}
+        self.task: dict[str, int] = {"state": 1, "host_id": 3}
+        self.refusal: Exception | None = None
+        self.cancelled: list[int] = []
+        self.looked = threading.Event()
+        self.host = self
+
+    def getID(self) -> int:
+        return 3
+
+    def getTaskInfo(self, task_id: int) -> dict[str, int]:
+        assert task_id == 5
+        self.looked.set()
+        if self.refusal is not None:
+            raise self.refusal
+        return self.task
+
+    def taskSetWait(self, task_id: int, subtasks: list[int]) -> None:
+        assert (task_id, subtasks) == (5, sorted(self.subtasks))
+
+    def taskWait(self, task_id: int) -> list[list[int]]:
+        running = [one for one, state in self.subtasks.items() if state == "open"]
+        return [[one for one in self.subtasks if one not in running], running]
+
+    def getTaskResult(self, task_id: int) -> str:
+        if self.subtasks[task_id] == "failed":
+            raise Refused(1005, "build failed: no luck")
+        return f"result of {task_id}"
+
+    def taskWaitResults(self, task_id: int, tasks: list[int], canfail: list[int]) -> list[Any]:
+        return [[one, self.subtasks[one]] for one in reversed(tasks)]
+
+    def cancelTaskChildren(self, task_id: int) -> None:
+        self.cancelled.append(task_id)
+
+    def wait(self, can_fail: tuple[int, ...] = ()) -> list[Any]:
+        daemon = dataclasses.replace(DAEMON, session=self)
+        return taskrun.wait_for_subtasks(daemon, sorted(self.subtasks), can_fail)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskrun, "_SUBTASKS_SECONDS", 0.01)
+
+
+def later(action: Callable[[], object]) -> None:
+    threading.Timer(0.1, action).start()
+
+
+def test_subtasks_are_waited_for_and_give_their_results_in_order(at_once: None) -> None:
+    parent = Parent(t7="closed", t8="open")
+    later(lambda: parent.subtasks.update({8: "closed"}))
+    assert parent.wait() == ["closed", "closed"]
+    assert Parent(t7="failed", t8="closed").wait(can_fail=(7,)) == ["failed", "closed"]
+
+
+def test_kojid_wakes_who_waits_for_subtasks() -> None:
+    parent = Parent(t7="open")
+    handler = signal.getsignal(signal.SIGUSR2)
+
+    def end() -> None:
+        parent.subtasks[7] = "closed"
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    later(end)
+    started = time.monotonic()
+    assert parent.wait() == ["closed"]
+    assert time.monotonic() - started < taskrun._SUBTASKS_SECONDS
+    assert signal.getsignal(signal.SIGUSR2) == handler
+
+
+def test_a_subtask_that_fails_ends_the_others(at_once: None) -> None:
+    parent = Parent(t7="failed", t8="open")
+    with pytest.raises(Refused, match="no luck"):
+        parent.wait()
+    assert parent.cancelled == [5]
+
+
+@pytest.mark.parametrize(
+    "task",
+    [{"state": 0, "host_id": None}, {"state": 1, "host_id": 4}, {"state": 3, "host_id": 3}],
+    ids=["freed", "another host's", "cancelled"],
+)
+def test_who_waits_for_subtasks_of_a_task_that_is_no_longer_its_own_stops(
+    at_once: None, task: Any
+) -> None:
+    parent = Parent(t7="open")
+    later(lambda: setattr(parent, "task", task))
+    with pytest.raises(KeyboardInterrupt):
+        parent.wait()
+    parent = Parent(t7="open")
+    parent.refusal = Refused(1006, "User locked by another session")
+    with pytest.raises(KeyboardInterrupt):
+        parent.wait()
+    assert parent.cancelled == [], "they are its successor's"
