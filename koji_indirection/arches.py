@@ -90,6 +90,13 @@ def canonical(name: str) -> str:
     return _ALIASES.get(name, name)
 
 
+def koji_arch(name: str) -> str:
+    """The arch that Koji takes this one for, i386 for i686; canonical() is about machines."""
+    import koji  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    return str(koji.canonArch(name))
+
+
 def of_host() -> str:
     """This machine's arch."""
     return canonical(platform.machine())

@@ -16,14 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from . import hubcalls, output, pipeline, sources
+from . import arches, hubcalls, output, pipeline, sources
 from .config import Settings
 from .errors import BuildFailed, IndirectionError, UsageError
 from .handover import build_extra, rpm_list, upload_verified
 from .manifest import FILE_NAME as MANIFEST
 from .manifest import Manifest
 from .taskinputs import Inputs, build_spec, fetched
-from .taskrun import Daemon, canonical, interrupt_main_thread, is_ours
+from .taskrun import Daemon, interrupt_main_thread, is_ours
 from .taskspec import TaskSpec
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def check_target(session: Any, spec: TaskSpec) -> dict[str, Any]:
     config = session.getBuildConfig(target["build_tag"])
     known = (config.get("arches") or "").split()
     for arch in spec.arches:
-        if canonical(arch) not in map(canonical, known):
+        if arches.koji_arch(arch) not in map(arches.koji_arch, known):
             raise UsageError(
                 f"{arch} is not an arch of the build tag {target['build_tag_name']}",
                 f"its arches are {', '.join(known) or 'none'}",

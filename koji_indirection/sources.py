@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from .arches import koji_arch
 from .errors import BuilderFault, BuildFailed, UsageError
 from .hubcalls import BUILDING, COMPLETE, one_line
 
@@ -398,7 +399,9 @@ def _choose(
                 f"there is {_names(disks or candidates)}",
             )
     of_arch = [one for one in wanted if one.arch == arch]
-    of_arch = of_arch or [one for one in wanted if one.arch and _same_arch(one.arch, arch)]
+    of_arch = of_arch or [
+        one for one in wanted if one.arch and koji_arch(one.arch) == koji_arch(arch)
+    ]
     of_arch = of_arch or [one for one in wanted if one.arch is None]
     if not of_arch:
         arches = ", ".join(sorted({printable(str(one.arch))[:40] for one in wanted}))
@@ -412,13 +415,6 @@ def _choose(
             f"pick one with {option} GLOB",
         )
     return of_arch[0]
-
-
-def _same_arch(one: str, other: str) -> bool:
-    """As Koji sees it: an image for i386 is one for i686."""
-    import koji  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-    return bool(koji.canonArch(one) == koji.canonArch(other))
 
 
 def _is_disk(name: str) -> bool:

@@ -18,11 +18,12 @@ from typing import Any
 
 from . import cache, imagefetch, programs, sources, template
 from .address import has_credentials
+from .arches import koji_arch
 from .config import Settings
 from .errors import BuilderFault, BuildFailed, UsageError
 from .manifest import KojiRecord, Origin
 from .spec import BuildSpec
-from .taskrun import Daemon, canonical
+from .taskrun import Daemon
 from .taskspec import TaskSpec
 from .template import Template
 
@@ -236,7 +237,7 @@ def with_tag_repo(build: BuildSpec, inputs: Inputs, arch: str, topurl: str | Non
             "set topurl in Koji's configuration to one without",
         )
     # As koji.pathinfo and its repositories have it: i386 also for i686.
-    path = urllib.parse.quote(f"{inputs.tag_repo}/{canonical(arch)}")
+    path = urllib.parse.quote(f"{inputs.tag_repo}/{koji_arch(arch)}")
     address = f"{topurl.rstrip('/')}/{path}"
     return dataclasses.replace(build, repos=tuple(dict.fromkeys((*build.repos, address))))
 

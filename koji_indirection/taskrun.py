@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
 
-from . import accel, hubcalls, jobdir, sweep
+from . import accel, arches, hubcalls, jobdir, sweep
 from .config import Settings, load_settings, require_within_limits
 from .errors import BuilderFault, UsageError
 from .sources import Source
@@ -119,14 +119,8 @@ def runs_here(arch: str, host_arches: Sequence[str]) -> bool:
     """Whether a host that Koji says to be of these arches can run a guest of this one."""
     machine = platform.machine()
     native = (machine, "i386") if machine == "x86_64" else (machine,)
-    return canonical(arch) in native and canonical(arch) in map(canonical, host_arches)
-
-
-def canonical(arch: str) -> str:
-    """The arch that Koji takes this one for."""
-    import koji  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-    return str(koji.canonArch(arch))
+    known = map(arches.koji_arch, host_arches)
+    return arches.koji_arch(arch) in native and arches.koji_arch(arch) in known
 
 
 def _available_memory_bytes() -> int | None:
