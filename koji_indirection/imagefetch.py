@@ -25,7 +25,7 @@ from .cache import Cache, cached
 from .config import Download
 from .errors import BuilderFault, BuildFailed, without_passwords
 from .hubcalls import one_line
-from .sources import EXPIRED_HINT, Source, printable
+from .sources import EXPIRED_HINT, Source, shown
 from .units import format_size
 
 log = logging.getLogger(__name__)
@@ -234,8 +234,7 @@ class _Transfer:
                 )
             except requests.exceptions.SSLError as error:
                 raise BuilderFault(
-                    f"{self.source}: the server of {printable(url)} is not trusted:"
-                    f" {one_line(error)}",
+                    f"{self.source}: the server of {shown(url)} is not trusted: {one_line(error)}",
                     "name its CA with ca_bundle in the configuration's [download]",
                 ) from error
             except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
@@ -243,7 +242,7 @@ class _Transfer:
             # An URL that is none, a CA file that is not there.
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
                 raise BuilderFault(
-                    f"{self.source} cannot be fetched from {printable(url)}: {one_line(error)}",
+                    f"{self.source} cannot be fetched from {shown(url)}: {one_line(error)}",
                     "check topurl in Koji's configuration, and ca_bundle in ours",
                 ) from error
             target = self.http.get_redirect_target(response)
@@ -284,7 +283,7 @@ class _Transfer:
         else:
             raise BuilderFault(
                 f"{self.source} cannot be fetched: the server answers {_status(response)}"
-                f" to {printable(response.url)}",
+                f" to {shown(response.url)}",
                 "check topurl in Koji's configuration, and the server",
             )
 
@@ -335,7 +334,7 @@ def _shut_down(connection: socket.socket) -> None:
 
 
 def _status(response: Any) -> str:
-    return f"{response.status_code} {printable(response.reason or '')[:40]}".rstrip()
+    return f"{response.status_code} {shown(response.reason or '')[:40]}".rstrip()
 
 
 def _redirected(url: str, target: str) -> str:
@@ -345,7 +344,7 @@ def _redirected(url: str, target: str) -> str:
         if urllib.parse.urlsplit(joined).scheme in ("http", "https"):
             return joined
     raise BuilderFault(
-        f"{printable(url)} redirects to {target!r:.200}, which is no HTTP address",
+        f"{shown(url)} redirects to {target!r:.200}, which is no HTTP address",
         "check topurl in Koji's configuration",
     )
 

@@ -134,9 +134,6 @@ class _Candidate(NamedTuple):
     arch: str | None
     record: dict[str, Any]
 
-    def shown(self) -> str:
-        return printable(self.name)
-
 
 def resolve(
     session: HubSession,
@@ -184,7 +181,7 @@ def _find_build(session: HubSession, reference: Reference, what: str) -> dict[st
             raise UsageError(f"{what}: there is no such build", _HOW_TO_REFER)
         if build["state"] != COMPLETE:
             state, hint = _BUILD_STATES.get(build["state"], (f"is in state {build['state']}", ""))
-            raise BuildFailed(f"{what}: the build {printable(build['nvr'])} {state}", hint)
+            raise BuildFailed(f"{what}: the build {shown(build['nvr'])} {state}", hint)
         return dict(build)
     package, tag = reference.package, reference.tag
     assert package is not None
@@ -210,7 +207,7 @@ def _resolve_build(
     role: str,
     what: str,
 ) -> Source:
-    what = what if reference.nvr else f"{what} ({printable(build['nvr'])})"
+    what = what if reference.nvr else f"{what} ({shown(build['nvr'])})"
     archives = ask(session, "listArchives", buildID=build["id"], type="image")
     if not archives:
         raise BuildFailed(
@@ -224,7 +221,7 @@ def _resolve_build(
     archive = chosen.record
     if archive.get("metadata_only"):
         raise BuildFailed(
-            f"{what}: Koji knows {printable(archive['filename'])} but does not keep the file",
+            f"{what}: Koji knows {shown(archive['filename'])} but does not keep the file",
             "name a build whose images were imported whole",
         )
     volume = build.get("volume_name")
@@ -279,7 +276,7 @@ def _resolve_task(
         raise UsageError(f"{what}: there is no such task", _HOW_TO_REFER)
     if task["state"] != _CLOSED:
         state, hint = _TASK_STATES.get(task["state"], (f"is in state {task['state']}", ""))
-        raise BuildFailed(f"{what}: the task ({printable(task['method'])}) {state}", hint)
+        raise BuildFailed(f"{what}: the task ({shown(task['method'])}) {state}", hint)
 
     candidates: list[_Candidate] = []
     # A task of several arches leaves its images with its children; one that can fail may have.
@@ -301,11 +298,11 @@ def _resolve_task(
     work = ["work"] if volume == "DEFAULT" else ["vol", volume, "work"]
     relpath = _relpath([*work, *task_path.split("/"), filename], what)
 
-    log.info("%s: the hub computes the checksum of %s", what, chosen.shown())
+    log.info("%s: the hub computes the checksum of %s", what, shown(chosen.name))
     upload = ask(session, "checkUpload", task_path, filename, verify="sha256", volume=volume)
     if not upload:  # the task's directory keeps links to scratch files that are gone
         raise BuildFailed(
-            f"{what}: {chosen.shown()} of task {owner} was deleted or has expired", EXPIRED_HINT
+            f"{what}: {shown(chosen.name)} of task {owner} was deleted or has expired", EXPIRED_HINT
         )
     return _checked(
         Source(
@@ -395,7 +392,7 @@ def _choose(
         wanted = wanted or [one for one in candidates if _matches(one.name, glob)]
         if not wanted:
             raise UsageError(
-                f"{what}: nothing matches {option} {printable(glob)}",
+                f"{what}: nothing matches {option} {shown(glob)}",
                 f"there is {_names(disks or candidates)}",
             )
     of_arch = [one for one in wanted if one.arch == arch]
@@ -404,7 +401,7 @@ def _choose(
     ]
     of_arch = of_arch or [one for one in wanted if one.arch is None]
     if not of_arch:
-        arches = ", ".join(sorted({printable(str(one.arch))[:40] for one in wanted}))
+        arches = ", ".join(sorted({shown(str(one.arch))[:40] for one in wanted}))
         raise BuildFailed(
             f"{what}: there is no image for {arch}, only for {arches}",
             "build for one of these arches, or name another image",
@@ -427,13 +424,13 @@ def _matches(name: str, glob: str) -> bool:
 
 
 def _names(candidates: Iterable[_Candidate]) -> str:
-    names = [one.shown() for one in candidates]
+    names = [shown(one.name) for one in candidates]
     rest = len(names) - _NAMES_SHOWN_MAX
     return ", ".join(names[:_NAMES_SHOWN_MAX]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def printable(name: str) -> str:
-    """A name for a message: as it is, if that is one line of no great length."""
+def shown(name: str) -> str:
+    """A name for a message: as it is if that is one line of no great length, else its repr()."""
     return name if name.isprintable() and len(name) <= 255 else repr(name)[:255]
 
 
@@ -497,7 +494,7 @@ def _checked(source: Source, what: str) -> Source:
             f"{what}: the hub gives {size!r:.80} as a size", "tell its administrators"
         )
     if size == 0:
-        raise BuildFailed(f"{what}: {printable(source.filename)} is empty", "name another image")
+        raise BuildFailed(f"{what}: {shown(source.filename)} is empty", "name another image")
     checksum = source.checksum.lower() if isinstance(source.checksum, str) else ""
     if not length or not re.fullmatch(f"[0-9a-f]{{{length}}}", checksum):
         raise BuilderFault(
