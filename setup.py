@@ -54,6 +54,9 @@ setup(
             "requests",
             "ruff",
             "lxml-stubs",
+            # A package is built with these, without the network.
+            "setuptools",
+            "wheel",
         ],
         # To run a real Koji; its hub and kojid need Debian packages too, see the Makefile.
         "koji-test": ["defusedxml", "gunicorn", "koji", "python-multilib"],

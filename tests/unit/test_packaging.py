@@ -20,6 +20,7 @@ def test_pip_puts_the_plugins_where_koji_looks_for_them(tmp_path: Path) -> None:
     subprocess.run(
         [
             *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-installed"),
+            "--no-build-isolation",
             *("--root", str(root), "--prefix", "/usr", "."),
         ],
         cwd=source,
