@@ -247,11 +247,13 @@ def test_a_work_directory_that_fills_up_under_a_task_is_a_fault_and_leaves_nothi
         koji.builder_restart(plugin_conf=conf)
         try:
             idle = kojid_only(koji)
-            fill = "dd if=/dev/urandom of=/dev/vdb bs=1M seek=20 count=80; sync; sleep 300"
-            task_id = submit(f"echo running; sleep 3; {fill}")
+            # Without end, so that some of it comes after the disk has got small, whenever that is.
+            write = "dd if=/dev/urandom of=/dev/vdb bs=1M seek=$at count=1; sync"
+            fill = f"at=20; while sleep 1; do {write}; at=$((at + 1)); done"
+            task_id = submit(f"echo running; {fill}")
             wait_for_log(koji, task_id, "job.log", "running")
             used = os.statvfs(work)
-            left = (used.f_blocks - used.f_bfree) * used.f_frsize + 2 * 1024**2
+            left = (used.f_blocks - used.f_bfree) * used.f_frsize + 8 * 1024**2
             subprocess.run(["mount", "-o", f"remount,size={left}", str(work)], check=True)
             koji.wait_task(task_id, 120)
             assert state_of(koji, task_id) == ("FAILED", "FAILED")

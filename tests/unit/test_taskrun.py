@@ -196,7 +196,9 @@ def test_subtasks_are_waited_for_and_give_their_results_in_order(at_once: None) 
     assert Parent(t7="failed", t8="closed").wait(can_fail=(7,)) == ["failed", "closed"]
 
 
-def test_kojid_wakes_who_waits_for_subtasks() -> None:
+@pytest.mark.timeout(60)
+def test_kojid_wakes_who_waits_for_subtasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskrun, "_SUBTASKS_SECONDS", 600.0)
     parent = Parent(t7="open")
     handler = signal.getsignal(signal.SIGUSR2)
 
@@ -205,9 +207,7 @@ def test_kojid_wakes_who_waits_for_subtasks() -> None:
         os.kill(os.getpid(), signal.SIGUSR2)
 
     later(end)
-    started = time.monotonic()
     assert parent.wait() == ["closed"]
-    assert time.monotonic() - started < taskrun._SUBTASKS_SECONDS
     assert signal.getsignal(signal.SIGUSR2) == handler
 
 
