@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from .config import Settings
 from .errors import BuilderFault, BuildFailed, IndirectionError
+from .threadcall import Call, GivenUp
 from .units import format_size
 
 log = logging.getLogger(__name__)
@@ -66,9 +67,16 @@ class Fetcher:
         name -- of the file in the guest, for messages.
         Raises BuildFailed where the template is to blame, or the server.
         """
-        what = f"file {name!r}"
         require_allowed(name, url, self._settings)
-        shown = _shown(url)
+        seconds = self._settings.download.total_timeout_seconds
+        try:
+            # In a thread: a server may send headers, or announce them, for days.
+            Call(self._fetch, name, url, target, time.monotonic() + seconds).value(seconds)
+        except GivenUp:
+            raise self._out_of_time(f"file {name!r}", _shown(url)) from None
+
+    def _fetch(self, name: str, url: str, target: Path, deadline: float) -> None:
+        what, shown = f"file {name!r}", _shown(url)
         try:
             with (
                 self._opener(name).open(
@@ -77,7 +85,7 @@ class Fetcher:
                 ) as response,
                 target.open("xb") as file,
             ):
-                size_bytes, sha256 = self._copy(what, shown, response, file)
+                size_bytes, sha256 = self._copy(what, shown, response, file, deadline)
         except IndirectionError:
             raise
         except urllib.error.HTTPError as error:
@@ -93,9 +101,14 @@ class Fetcher:
             raise _unreachable(what, shown, str(reason)[:200]) from None
         log.info("%s: %d bytes from %s, sha256 %s", what, size_bytes, shown, sha256)
 
-    def _copy(self, what: str, shown: str, response: Any, file: IO[bytes]) -> tuple[int, str]:
+    def _out_of_time(self, what: str, shown: str) -> BuildFailed:
         seconds = self._settings.download.total_timeout_seconds
-        deadline = time.monotonic() + seconds
+        reason = f"it takes longer than {seconds:g} s, see total_timeout in [download]"
+        return _unreachable(what, shown, reason)
+
+    def _copy(
+        self, what: str, shown: str, response: Any, file: IO[bytes], deadline: float
+    ) -> tuple[int, str]:
         digest, size_bytes = hashlib.sha256(), 0
         # What has come: read() would wait for a whole piece, from a server that trickles for days.
         while piece := response.read1(_PIECE_BYTES):
@@ -109,8 +122,7 @@ class Fetcher:
                     " settings is the limit",
                 )
             if time.monotonic() > deadline:
-                reason = f"it takes longer than {seconds:g} s, see total_timeout in [download]"
-                raise _unreachable(what, shown, reason)
+                raise self._out_of_time(what, shown)
             digest.update(piece)
             file.write(piece)
         expected = response.headers.get("Content-Length")

@@ -26,6 +26,7 @@ from .config import Download
 from .errors import BuilderFault, BuildFailed, without_passwords
 from .hubcalls import one_line
 from .sources import EXPIRED_HINT, Source, shown
+from .threadcall import Call, GivenUp
 from .units import format_size
 
 log = logging.getLogger(__name__)
@@ -187,18 +188,21 @@ class _Transfer:
                 log.info(
                     "%s: %s after %s; trying again", self.source, cut, format_size(self.received)
                 )
-                wait = self.options.retry_wait_seconds * 2**failures
-                time.sleep(min(wait, _MAX_WAIT_SECONDS))
+                wait = min(self.options.retry_wait_seconds * 2**failures, _MAX_WAIT_SECONDS)
+                time.sleep(max(0.0, min(wait, self.deadline - time.monotonic())))
             self._check_deadline()
 
     def _check_deadline(self) -> None:
         if time.monotonic() > self.deadline and self.received < self.source.size_bytes:
-            raise BuilderFault(
-                f"{self.source} could not be fetched within"
-                f" {self.options.total_timeout_seconds:g} s: {format_size(self.received)} of"
-                f" {format_size(self.source.size_bytes)} arrived",
-                "raise total_timeout in the configuration's [download], or use a nearer server",
-            )
+            raise self._out_of_time()
+
+    def _out_of_time(self) -> BuilderFault:
+        return BuilderFault(
+            f"{self.source} could not be fetched within"
+            f" {self.options.total_timeout_seconds:g} s: {format_size(self.received)} of"
+            f" {format_size(self.source.size_bytes)} arrived",
+            "raise total_timeout in the configuration's [download], or use a nearer server",
+        )
 
     def _request(self) -> None:
         """Ask for what is missing, and take what comes. Raises _Cut when that is not all."""
@@ -207,7 +211,12 @@ class _Transfer:
             headers["Range"] = f"bytes={self.received}-"
         if self.fresh:
             headers["Cache-Control"] = "no-cache"
-        with contextlib.closing(self._open(headers)) as response:
+        try:
+            # In a thread: a server may send headers, or announce them, for days.
+            opened = Call(self._open, headers).value(self.deadline - time.monotonic())
+        except GivenUp:
+            raise self._out_of_time() from None
+        with contextlib.closing(opened) as response:
             self._check_status(response)
             with _connection_until(self.deadline, response):
                 self._read(response)
@@ -320,6 +329,7 @@ def _connection_until(deadline: float, response: Any) -> Iterator[None]:
     with connection:
         seconds = max(0.0, deadline - time.monotonic())
         timer = threading.Timer(seconds, _shut_down, [connection])
+        timer.daemon = True  # should an interrupt come before it can be cancelled
         timer.start()
         try:
             yield

@@ -18,7 +18,7 @@ import stat
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .domain import Domain, domain_xml
 from .errors import BuilderFault
 from .jobdir import kill_processes_of
 from .spec import USER_NETWORK
+from .threadcall import Call, GivenUp
 
 log = logging.getLogger(__name__)
 
@@ -269,39 +270,17 @@ def _end(libvirt: Any, connection: Any, name: str, callbacks: Sequence[int]) -> 
         connection.unregisterCloseCallback()
 
 
-class _Call:
-    """A libvirt call in a thread of its own.
-
-    libvirt blocks in C, where no signal handler runs; the caller waits where
-    Ctrl-C reaches it.
-    """
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self._value: Any = None
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(function, arguments), daemon=True)
-        self._thread.start()
-
-    def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        try:
-            self._value = function(*arguments)
-        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
-            self._error = error
+class _Call(Call[Any]):
+    """A libvirt call: libvirt blocks in C, where no signal handler runs."""
 
     def result(self, what: str, timeout_seconds: float = 60) -> Any:
         """The call's value or exception; BuilderFault when it does not come in time."""
-        self.settle(timeout_seconds)
-        if self._thread.is_alive():
+        try:
+            return self.value(timeout_seconds)
+        except GivenUp:
             raise BuilderFault(
                 f"libvirt did not {what} within {timeout_seconds:.0f} s", "restart libvirtd"
-            )
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def settle(self, seconds: float) -> None:
-        """Wait until the call has come back, at most so long."""
-        self._thread.join(seconds)
+            ) from None
 
 
 def _subscribe(

@@ -125,6 +125,8 @@ def load(path: Path) -> Parameters:
     """
     where = f"parameters {path.name}"
     try:
+        if path.exists() and not path.is_file():  # a pipe that nobody writes to would be waited for
+            raise UsageError(f"parameters {path} is not a regular file", "check the path")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:

@@ -75,7 +75,6 @@ _INJECT_TIME_LIMIT = TimeLimit(
     "it holds too many file systems, or this machine has too much to do",
 )
 _OUTPUT_LINES_IN_ERRORS = 15
-_FULL_SHARE = 0.94  # of a workspace: the rest, or less, is its file system's own
 _WORKSPACE_PARTITION = "/dev/sdb1"  # in the appliance that collects, behind the overlay
 
 
@@ -493,6 +492,12 @@ class _Guest:
         self.record.guest["disk_bus"] = without.disk_bus
         if boots_by != "uefi":
             return without
+        if spec.secure_boot and without.machine != arch.machine:
+            raise BuildFailed(
+                f"Secure Boot needs the machine {arch.machine}, and this guest gets"
+                f" {without.machine} for its disks: IDE, or virtio from before version 1.0",
+                "leave --secure-boot out, or use another utility image or --disk-bus",
+            )
         uefi = firmware.find(arch.name, without.machine, secure_boot=spec.secure_boot)
         log.info("firmware: %s%s", uefi.code, ", Secure Boot" if uefi.secure_boot else "")
         return dataclasses.replace(without, firmware=uefi.for_one_vm(self.job.path))
@@ -797,7 +802,7 @@ def _used_up(report: JobReport, spec: BuildSpec) -> Iterator[str]:
             f"the guest's {format_size(spec.memory_bytes)} of memory were used up, --memory gives"
             " it more"
         )
-    if report.peaks.get("workspace_bytes", 0) > _FULL_SHARE * spec.workspace_size_bytes:
+    if report.workspace_was_full:
         yield (
             f"the workspace of {format_size(spec.workspace_size_bytes)} was full, --workspace-size"
             " makes it larger"

@@ -136,7 +136,7 @@ SCHEMA: dict[str, Any] = {
             _string(
                 "Template's source control",
                 "Where the template is checked out from, as Koji writes it: URL#REF.",
-                r"^[a-z][a-z+]*://[^\s#]+#[A-Za-z0-9_][^\s#]*$",
+                r"^[a-z][a-z+]*://[^\s#]+#(?!origin/-)[A-Za-z0-9_][^\s#]*$",
                 1000,
             )
         ),

@@ -42,6 +42,7 @@ _NOT_SIGNED = re.compile(rb"BdsDxe: failed to (load|start) .*: (Access Denied|Se
 # A guest that lives sends a sample every five seconds, whatever its console says.
 _SILENCE_AFTER_PANIC_SECONDS = 12.0
 _DISK_LOOK_SECONDS = 1.0
+_FULL_SHARE = 0.98  # of a file system: a program that needs more fails before the last block
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class JobReport:
     guest -- facts that the guest stated about itself (kernel, shell, selinux).
     peaks -- highest samples in bytes: memory_bytes, root_bytes, workspace_bytes.
     oom_kills -- processes that the guest's kernel has killed for want of memory.
+    workspace_was_full -- whether its file system had hardly a block left at some time.
     boot_seconds, job_seconds, shutdown_seconds -- how long each stage took on the host's clock.
     """
 
@@ -99,6 +101,7 @@ class JobReport:
     guest: dict[str, str] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     oom_kills: int = 0
+    workspace_was_full: bool = False
     boot_seconds: float | None = None
     job_seconds: float | None = None
     shutdown_seconds: float | None = None
@@ -311,7 +314,10 @@ class Watch:
             for key in ("memory_bytes", "root_bytes", "workspace_bytes"):
                 value = max(0, min(int(report[key]), 2**63 - 1))
                 self.report.peaks[key] = max(value, self.report.peaks.get(key, 0))
-            self.report.oom_kills = int(report["oom_kills"])
+            # The guest counts from its boot; one that has no memory may fail to tell.
+            self.report.oom_kills = max(int(report["oom_kills"]), self.report.oom_kills)
+            if int(report["workspace_bytes"]) > _FULL_SHARE * int(report["workspace_size_bytes"]):
+                self.report.workspace_was_full = True
         elif event == "job-ended":
             self.report.status = int(report["status"]) & 0xFF
             self.report.job_seconds = self._enter("shutdown")

@@ -157,12 +157,12 @@ seconds_since() {
     printf '%d.%02d' $((elapsed / 100)) $((elapsed % 100))
 }
 
-# Print the used bytes of the file system at a directory, 0 if that cannot be told.
+# Print the used bytes of the file system at a directory and all its bytes, 0 if that cannot be told.
 # stat asks for them without opening the directory, as df does: a command may be unmounting it.
-used_bytes() {
+space() {
     stat -f -c '%b %f %S' "$1" 2>/dev/null | {
         read -r blocks free block_bytes || blocks=0 free=0 block_bytes=0
-        echo "$(((blocks - free) * block_bytes))"
+        echo "$(((blocks - free) * block_bytes)) $((blocks * block_bytes))"
     }
 }
 
@@ -176,12 +176,13 @@ sample() {
     done </proc/meminfo
     # Since boot; kernels before 4.13 do not count them.
     oom_kills=$(sed -n 's/^oom_kill //p' /proc/vmstat)
-    workspace=0
+    workspace='0 0'
     while read -r device directory _; do
         case $device in "$WORKSPACE" | "$workspace_name" | "$INDIRECTION_WORKSPACE") ;; *) continue ;; esac
-        workspace=$(used_bytes "$directory") && break
+        workspace=$(space "$directory") && break
     done </proc/mounts
-    report "{\"event\":\"sample\",\"memory_bytes\":$(((total - available) * 1024)),\"root_bytes\":$(used_bytes /),\"workspace_bytes\":$workspace,\"oom_kills\":${oom_kills:-0}}"
+    root=$(space /)
+    report "{\"event\":\"sample\",\"memory_bytes\":$(((total - available) * 1024)),\"root_bytes\":${root% *},\"workspace_bytes\":${workspace% *},\"workspace_size_bytes\":${workspace#* },\"oom_kills\":${oom_kills:-0}}"
 }
 
 # Commands are run by root's login shell, as Image Factory's ssh did.

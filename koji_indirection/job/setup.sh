@@ -331,7 +331,8 @@ missing() {
                 *"find any package by glob '$package'"* | *"find any package by regex '$package'"* | \
                 *"No match for argument: $package" | *"o package $package available"* | \
                 *"'$package' not found"* | *"No provider of '$package' found"* | \
-                *"Group ${package#@} does not exist"*)
+                *"Group ${package#@} does not exist"* | \
+                *"Module or Group '${package#@}' "*)
                 printf '%s\n' "$package"
                 break
                 ;;

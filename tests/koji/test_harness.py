@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from harness.processes import Processes, kept, marked
 
 if TYPE_CHECKING:
     from harness.base import AnyKoji
@@ -280,6 +281,33 @@ def test_nothing_is_left_of_a_harness_that_a_signal_ends(
     subprocess.run(["rm", "-r", logs], check=True)
 
 
+# As libvirt starts it: without our environment, so without the mark.
+BUILDING = """
+import subprocess, time
+from pathlib import Path
+from koji_indirection.jobdir import job_directory
+with job_directory(Path("jobs")) as job:
+    sleeping = ["./qemu-system-fake", "-c", "import time; time.sleep(300)", str(job.path)]
+    print(subprocess.Popen(sleeping, env={}, start_new_session=True).pid, flush=True)
+    time.sleep(300)
+"""
+
+
+def test_the_vm_of_a_build_that_is_still_running_goes_too(tmp_path: Path) -> None:
+    work, logs = tmp_path / "work", tmp_path / "logs"
+    work.mkdir()
+    logs.mkdir()
+    (work / "qemu-system-fake").symlink_to(sys.executable)
+    koji = Processes(work, logs)
+    with kept(work):
+        building = koji.start("builder", [sys.executable, "-c", BUILDING])
+        koji.wait_until("builder", building, lambda: koji.log_tail("builder"), 60)
+        vm = Path("/proc", koji.log_tail("builder"), "cmdline")
+        assert b"qemu-system-fake" in vm.read_bytes()
+    koji.reap()
+    assert not vm.exists() or not vm.read_bytes()
+
+
 def test_a_failure_keeps_the_logs_and_says_where(any_koji: AnyKoji) -> None:
     harness = _start_another(any_koji, "sys.exit('a test failed')")
     out, err = harness.communicate(timeout=60)
@@ -330,6 +358,4 @@ def _start_another(like: AnyKoji, then: str) -> Any:
 
 
 def _marked(work: str) -> list[int]:
-    from harness.processes import marked
-
     return marked(Path(work))

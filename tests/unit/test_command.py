@@ -349,13 +349,17 @@ def test_check_says_what_is_wrong_with_each_file(
 def test_check_waits_for_no_pipe_and_no_name_steers_the_terminal(
     tmp_path: Path, image: Path
 ) -> None:
-    odd, pipe = image.with_name("odd\n\x1b[31mname"), tmp_path / "pipe"
+    odd = image.with_name("odd\n\x1b[31mname")
+    pipes = [tmp_path / name for name in ("pipe", "pipe.tdl", "pipe.json")]
     image.rename(odd)
-    os.mkfifo(pipe)
-    said = run("check", "--work-dir", tmp_path / "work", odd, pipe)
-    assert [line.split()[0] for line in said.out.splitlines()] == ["ok", "WRONG"]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    said = run("check", "--work-dir", tmp_path / "work", odd, *pipes)
+    assert [line.split()[0] for line in said.out.splitlines()] == ["ok", "WRONG", "WRONG", "WRONG"]
     assert "odd ?[31mname: qcow2 image" in said.out
     assert "pipe is not a regular file" in said.out
+    assert "pipe.tdl is not a regular file" in said.out
+    assert "pipe.json is not a regular file" in said.out
 
 
 def test_check_says_what_a_template_brings_and_what_of_it_has_no_effect(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import logging
 import ssl
@@ -23,7 +24,7 @@ ANYWHERE = Settings(file_hosts=("*",))
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """/data: bytes; /to?URL: a redirection; /cut: less than announced; /slow: ten seconds of
-    bytes, one by one; else 404.
+    bytes, one by one; /promise: as long, that an answer will come; else 404.
     """
 
     left_early = threading.Event()
@@ -44,6 +45,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     time.sleep(0.05)
             except OSError:
                 self.left_early.set()
+        elif path == "/promise":
+            with contextlib.suppress(OSError):
+                for _ in range(200):
+                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    time.sleep(0.05)
         elif path in ("/data", "/cut", "/endless"):
             self.send_response(200)
             if path != "/endless":
@@ -152,11 +158,18 @@ def test_a_file_that_arrives_in_part_is_no_file(server: str, tmp_path: Path) -> 
     assert "cannot be fetched from" in refused(f"{server}/cut", tmp_path / "f")
 
 
+HASTY = Settings(file_hosts=("*",), download=Download(total_timeout_seconds=1))
+
+
 def test_a_server_that_trickles_is_left_at_the_deadline(server: str, tmp_path: Path) -> None:
-    hasty = Settings(file_hosts=("*",), download=Download(total_timeout_seconds=1))
-    said = refused(f"{server}/slow", tmp_path / "f", hasty)
+    said = refused(f"{server}/slow", tmp_path / "f", HASTY)
     assert "it takes longer than 1 s, see total_timeout in [download]" in said
     assert Handler.left_early.wait(20)
+
+
+def test_a_server_that_only_promises_is_left_at_the_deadline(server: str, tmp_path: Path) -> None:
+    said = refused(f"{server}/promise", tmp_path / "f", HASTY)
+    assert "it takes longer than 1 s, see total_timeout in [download]" in said
 
 
 def test_what_is_not_there_is_said_with_the_servers_answer(server: str, tmp_path: Path) -> None:

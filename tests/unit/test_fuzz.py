@@ -86,7 +86,8 @@ VALUES = st.recursive(
 EVENTS = ["job-started", "setup-started", "setup-ended", "command-started", "command-ended",
           "sample", "job-ended", "else"]  # fmt: skip
 KEYS = ["kernel", "shell", "selinux", "step", "reason", "index", "status", "seconds",
-        "memory_bytes", "root_bytes", "workspace_bytes", "oom_kills"]  # fmt: skip
+        "memory_bytes", "root_bytes", "workspace_bytes", "workspace_size_bytes",
+        "oom_kills"]  # fmt: skip
 NUMBERS = st.one_of(VALUES, st.integers(-1, 3), st.just(0), st.just("network"))
 REPORTS = st.one_of(
     st.builds(

@@ -410,6 +410,7 @@ def test_samples_are_whole_numbers(job: Job) -> None:
         assert sample["memory_bytes"] > 0
         assert sample["root_bytes"] > 0
         assert sample["workspace_bytes"] == 0, "nothing is mounted from /dev/vdz1"
+        assert sample["workspace_size_bytes"] == 0
         assert sample["oom_kills"] >= 0
 
 

@@ -272,10 +272,17 @@ def test_a_package_that_is_nowhere_is_named(kind: str, guest: Guest) -> None:
     assert ended.reason == "no repository of the guest's has package 'nope'"
 
 
-@pytest.mark.parametrize("kind", ["yum", "dnf", "dnf5"])
+NO_GROUP = {
+    "yum": "Warning: Group Tools & more does not exist.",
+    "dnf": "Module or Group 'Tools & more' is not available.",
+    "dnf5": "No match for argument: @Tools & more",
+}
+
+
+@pytest.mark.parametrize("kind", list(NO_GROUP))
 def test_an_installation_of_what_was_found_is_no_success(kind: str, guest: Guest) -> None:
     said = f"{NOWHERE[kind].splitlines()[-1]}\n{NOWHERE[kind].splitlines()[0]}\nComplete!"
-    said += "\nWarning: Group Tools & more does not exist."
+    said += f"\n{NO_GROUP[kind]}"
     guest.manager(kind, f"cat <<'END'\n{said}\nEND")
     names = ("lorax", "nope", "@Tools & more")
     ended = guest.run("packages", job(network="user", packages=[Package(name) for name in names]))

@@ -176,6 +176,15 @@ def trickling(handler: Handler, data: bytes, start: int) -> None:
         handler.server.left_early.set()
 
 
+def promising(handler: Handler, data: bytes, start: int) -> None:
+    """Ten seconds of promises that an answer will come."""
+    with contextlib.suppress(OSError):
+        for _ in range(200):
+            handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            time.sleep(0.05)
+    handler.hang_up()
+
+
 def never_answering(handler: Handler, data: bytes, start: int) -> None:
     handler.server.release.wait(10)
     handler.hang_up()
@@ -336,6 +345,14 @@ def test_the_time_for_an_image_is_limited(server: Server, cache: Cache) -> None:
     options = replace(FAST, read_timeout_seconds=0.1, total_timeout_seconds=0.4)
     with pytest.raises(BuilderFault, match=r"could not be fetched within 0.4 s: .* of 683.6 KiB"):
         get(server, make_source(server), cache, download=options)
+
+
+def test_a_server_that_only_promises_is_left_at_the_deadline(server: Server, cache: Cache) -> None:
+    server.plan = [promising] * 9
+    options = replace(FAST, total_timeout_seconds=1)
+    with pytest.raises(BuilderFault, match=r"could not be fetched within 1 s: 0 B of"):
+        get(server, make_source(server), cache, download=options)
+    assert left(cache) == []
 
 
 def test_a_server_that_trickles_is_left_at_the_deadline(server: Server, cache: Cache) -> None:

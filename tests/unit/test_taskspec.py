@@ -155,6 +155,8 @@ def test_the_schema_bounds_every_string_number_and_array() -> None:
         ({"template_upload": "cli-indirection/.."}, "template_upload"),
         ({"template_upload": None, "template_scm": "git://h/p"}, "URL#REF"),
         ({"template_upload": None, "template_scm": "git://h/p#--upload-pack=x"}, "URL#REF"),
+        # koji.daemon.SCM gives git what stands behind origin/.
+        ({"template_upload": None, "template_scm": "git://h/p#origin/--upload-pack=x"}, "URL#REF"),
         (
             {"template_upload": None, "template_scm": "git://h/p?a/../../etc#main"},
             "which leads out of its checkout",

@@ -164,8 +164,19 @@ def test_an_orderly_job_is_reported_whole(watched: Watched) -> None:
         guest.start_job()
         guest.start_command(1)
         guest.log.sendall(b"=== command 1 of 2: mount\n")
-        guest.report("sample", memory_bytes=300, root_bytes=20, workspace_bytes=10, oom_kills=0)
-        guest.report("sample", memory_bytes=200, root_bytes=30, workspace_bytes=5, oom_kills=2)
+        for memory, root, workspace, oom_kills in (
+            (300, 20, 10, 0),
+            (200, 30, 5, 2),
+            (100, 0, 1, 0),
+        ):
+            guest.report(
+                "sample",
+                memory_bytes=memory,
+                root_bytes=root,
+                workspace_bytes=workspace,
+                workspace_size_bytes=11,
+                oom_kills=oom_kills,
+            )
         guest.end_command(1, seconds=2.25)
         guest.start_command(2)
         guest.end_command(2, seconds=0.5)
@@ -181,6 +192,7 @@ def test_an_orderly_job_is_reported_whole(watched: Watched) -> None:
     assert report.guest == {"kernel": "6.1.0", "shell": "/bin/bash", "selinux": "none"}
     assert report.peaks == {"memory_bytes": 300, "root_bytes": 30, "workspace_bytes": 10}
     assert report.oom_kills == 2
+    assert not report.workspace_was_full
     assert watched.stages == ["job", "shutdown"]
     assert None not in (report.boot_seconds, report.job_seconds, report.shutdown_seconds)
     assert (watched.directory / "job.log").read_bytes() == b"=== command 1 of 2: mount\n"
@@ -698,8 +710,14 @@ def test_half_a_report_at_the_end_is_none(watched: Watched) -> None:
 def test_numbers_out_of_range_are_brought_into_it(watched: Watched) -> None:
     def script(guest: Guest) -> None:
         guest.start_job()
-        sample = {"memory_bytes": -5, "root_bytes": 10**30, "workspace_bytes": 1, "oom_kills": 0}
-        guest.report("sample", **sample)
+        guest.report(
+            "sample",
+            memory_bytes=-5,
+            root_bytes=10**30,
+            workspace_bytes=1,
+            workspace_size_bytes=-1,
+            oom_kills=-1,
+        )
         guest.start_command(1)
         guest.status.sendall(
             b'{"event": "command-ended", "index": 1, "status": 0, "seconds": -1e999}\n'
@@ -711,6 +729,7 @@ def test_numbers_out_of_range_are_brought_into_it(watched: Watched) -> None:
 
     report = watched.follow(script)
     assert report.peaks == {"memory_bytes": 0, "root_bytes": 2**63 - 1, "workspace_bytes": 1}
+    assert report.oom_kills == 0
     assert [one.seconds for one in report.commands] == [0, 1e9]
     assert report.status == 255
     json.dumps([one.seconds for one in report.commands], allow_nan=False)
