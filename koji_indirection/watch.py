@@ -374,8 +374,7 @@ class Watch:
         if event == "crashed" or (
             self._panic is not None and (event is not None or silent > _SILENCE_AFTER_PANIC_SECONDS)
         ):
-            reason = f": {self._panic}" if self._panic else ""
-            raise self._early_end(f"the guest's kernel panicked{reason}")
+            raise self._panicked()
         if event == "rebooted":
             raise self._early_end("the guest rebooted")
         if event == "stopped":
@@ -397,6 +396,10 @@ class Watch:
             return self._machine.events.get(timeout_seconds > 0, timeout_seconds)
         return None
 
+    def _panicked(self) -> IndirectionError:
+        reason = f": {self._panic}" if self._panic else ""
+        return self._early_end(f"the guest's kernel panicked{reason}")
+
     def _early_end(self, what: str) -> IndirectionError:
         if self._stage == "boot":
             return BuilderFault(
@@ -411,6 +414,8 @@ class Watch:
     def _look_at_the_clock(self) -> None:
         age = self._stage_age()
         if self._stage == "boot" and age > self._deadlines.boot:
+            if self._panic is not None:
+                raise self._panicked()
             raise BuilderFault(
                 f"the guest did not start the job within the boot deadline of"
                 f" {self._deadlines.boot:.0f} s",

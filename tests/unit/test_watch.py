@@ -352,6 +352,14 @@ def test_a_panic_during_boot_is_a_builder_fault(watched: Watched, quick_silence:
     )
 
 
+def test_a_panic_that_the_boot_deadline_overtakes_is_still_told(watched: Watched) -> None:
+    def script(guest: Guest) -> None:
+        guest.console.sendall(b"Kernel panic - not syncing: VFS: Unable to mount root fs\n")
+
+    deadlines = Deadlines(boot=0.4, job=20, command=None, shutdown=20)
+    assert "panicked: VFS: Unable to mount root fs" in watched.failure(script, deadlines).message
+
+
 def test_a_panic_that_reboots_is_still_a_panic(watched: Watched) -> None:
     def script(guest: Guest) -> None:
         guest.start_job()
