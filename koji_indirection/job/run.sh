@@ -157,12 +157,13 @@ seconds_since() {
     printf '%d.%02d' $((elapsed / 100)) $((elapsed % 100))
 }
 
-# Print the used bytes of the file system at a directory and all its bytes, 0 if that cannot be told.
+# Print the used bytes of the file system at a directory, and those that can be used in all: what it
+# keeps for itself is neither. 0 if that cannot be told.
 # stat asks for them without opening the directory, as df does: a command may be unmounting it.
 space() {
-    stat -f -c '%b %f %S' "$1" 2>/dev/null | {
-        read -r blocks free block_bytes || blocks=0 free=0 block_bytes=0
-        echo "$(((blocks - free) * block_bytes)) $((blocks * block_bytes))"
+    stat -f -c '%b %f %a %S' "$1" 2>/dev/null | {
+        read -r blocks free available block_bytes || blocks=0 free=0 available=0 block_bytes=0
+        echo "$(((blocks - free) * block_bytes)) $(((blocks - free + available) * block_bytes))"
     }
 }
 
