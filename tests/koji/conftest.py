@@ -24,10 +24,6 @@ pytest.register_assert_rewrite("taskflow")
 FIXTURES = ("any_koji", "stand_in_koji", "real_koji")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "real_koji: runs a real hub and kojid")
-
-
 def pytest_itemcollected(item: pytest.Item) -> None:
     # koji's library leaves its connections to the garbage collector, which may come to the sockets
     # first where an exception has kept a session in a cycle.
